@@ -1,0 +1,121 @@
+"""The arithmetic that every kernel is held against, in plain torch. Slow, exact, on any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from halfbyte.formats import SOURCE, Format, Integers
+from halfbyte.kernels.rounding import normalize, round_to_grid
+from halfbyte.kernels.search import qparams
+from halfbyte.qtensor import QParams, QTensor, decode, grid_values, grouped, pack, ungrouped
+
+
+def _store(values: Tensor, how: str | Format, dtype: torch.dtype) -> Tensor | QTensor:
+    """A matrix of scales or zeros -> the part that is kept."""
+    if isinstance(how, Format):
+        return quantize(values.detach().float(), how)
+    to = dtype if how == SOURCE else getattr(torch, how)
+    top = torch.finfo(to).max
+    return values.detach().clamp(-top, top).to(to)
+
+
+def store_qparams(p: QParams, f: Format, dtype: torch.dtype) -> dict[str, Tensor | QTensor]:
+    """QParams -> the parts "scale" and "zero" of a QTensor whose source has this dtype."""
+    parts: dict[str, Tensor | QTensor] = {"scale": _store(p.scale, f.scale, dtype)}
+    if f.zero == "integer":
+        assert p.zero is not None
+        assert isinstance(f.grid, Integers)
+        parts["zero"] = p.zero.detach().round().clamp(0, f.grid.top).to(torch.uint8)
+    elif f.zero is not None:
+        assert p.zero is not None
+        parts["zero"] = _store(p.zero, f.zero, dtype)
+    return parts
+
+
+def stored_qparams(w: Tensor, f: Format, p: QParams) -> tuple[dict[str, Tensor | QTensor], QParams]:
+    """The parts, and the QParams as they are after storage (scales rounded to their dtype)."""
+    parts = store_qparams(p, f, w.dtype)
+    q = QTensor(f, tuple(w.shape), w.dtype, parts)
+    return parts, q.qparams
+
+
+def quantize(w: Tensor, f: Format, p: QParams | None = None) -> QTensor:
+    """See halfbyte.kernels.quantize."""
+    w = w.detach()
+    offset: dict[str, Tensor | QTensor] = {"offset": w.float().mean()} if f.center else {}
+    centred = w - offset["offset"] if f.center else w
+    p = p or qparams(centred, f)
+    parts, p = stored_qparams(w, f, p)
+    codes, _ = round_to_grid(normalize(grouped(centred, f), f, p), f, p.zero)
+    codes = ungrouped(codes, tuple(w.shape))
+    packed = pack(codes.reshape(-1) if f.flat else codes, f.bits)
+    return QTensor(f, tuple(w.shape), w.dtype, {"codes": packed, **parts, **offset})
+
+
+class _Fake(torch.autograd.Function):
+    """The value of dequantize(quantize(w)); the gradient as if rounding were not there.
+
+    dw passes where w lay inside the range and is 0 where it was clipped (straight-through estimator,
+    arXiv:1308.3432). The scale's gradient is LSQ's, arXiv:1902.08153 eq. 3: (code value) - x inside, the code
+    value outside; an integer zero point gets -scale outside (LSQ+, arXiv:2004.09576), a float zero 1 outside.
+    """
+
+    @staticmethod
+    def forward(ctx, w: Tensor, scale: Tensor, zero: Tensor | None, f: Format) -> Tensor:  # noqa: ANN001
+        _, p = stored_qparams(w, f, QParams(scale, zero))
+        x = normalize(grouped(w, f), f, p)
+        codes, inside = round_to_grid(x, f, p.zero)
+        ctx.f, ctx.shape, ctx.groups = f, tuple(w.shape), scale.shape
+        learned = scale.requires_grad or (zero is not None and zero.requires_grad)
+        ctx.save_for_backward(inside, *((x, codes, p.scale, p.zero) if learned else ()))
+        return ungrouped(decode(codes, f, p), tuple(w.shape)).to(w.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
+        inside, *learned = ctx.saved_tensors
+        rows = grouped(grad, ctx.f)
+        dw = ungrouped(rows * inside, ctx.shape).to(grad.dtype)
+        if not learned:
+            return dw, None, None, None
+        x, codes, scale, zero = learned
+        value = grid_values(codes, ctx.f, None if zero is None else zero.reshape(-1, 1))
+        dscale = (rows * (value - x * inside)).sum(1).reshape(ctx.groups)
+        dzero = None
+        if zero is not None:
+            outside = -scale.reshape(-1, 1) if ctx.f.zero == "integer" else 1.0
+            dzero = (rows * ~inside * outside).sum(1).reshape(ctx.groups)
+        return dw, dscale, dzero, None
+
+
+def fake(w: Tensor, f: Format, p: QParams | None = None) -> Tensor:
+    """See halfbyte.kernels.fake."""
+    if p is None:
+        p = qparams(w.detach(), f)
+    return _Fake.apply(w, p.scale, p.zero, f)  # pyright: ignore[reportReturnType]
+
+
+def linear(x: Tensor, q: QTensor, bias: Tensor | None = None) -> Tensor:
+    """See halfbyte.kernels.linear."""
+    return _Linear.apply(x, q, bias)  # pyright: ignore[reportReturnType]
+
+
+def linear_grad(dy: Tensor, q: QTensor) -> Tensor:
+    """See halfbyte.kernels.linear_grad."""
+    return dy @ q.dequantize().to(dy.dtype)
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T + b with W dequantized for the product and dropped: backward dequantizes again, keeping no copy."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, q: QTensor, bias: Tensor | None) -> Tensor:  # noqa: ANN001
+        ctx.q = q
+        return torch.nn.functional.linear(x, q.dequantize().to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):  # noqa: ANN001, ANN205
+        dx = linear_grad(dy, ctx.q) if ctx.needs_input_grad[0] else None
+        db = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return dx, None, db
+

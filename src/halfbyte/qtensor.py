@@ -1,0 +1,165 @@
+"""A quantized tensor: its parts, and what they mean. Data and its definition; speed lives in the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from halfbyte.errors import InputError
+from halfbyte.formats import Float8, Format, Integers, Table
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes (..., n) -> uint8 (..., ceil(n * bits / 8)): dense, the first code in the lowest bits."""
+    if bits == 8:
+        return codes.contiguous()
+    n = codes.shape[-1]
+    if bits == 4:
+        padded = torch.nn.functional.pad(codes, (0, n % 2))
+        return padded[..., 0::2] | (padded[..., 1::2] << 4)
+    # eight codes fill `bits` bytes exactly: one int64 holds them
+    runs = torch.nn.functional.pad(codes, (0, -n % 8)).unflatten(-1, (-1, 8)).long()
+    word = (runs << (bits * torch.arange(8, device=codes.device))).sum(-1, keepdim=True)
+    out = (word >> (8 * torch.arange(bits, device=codes.device))) & 255
+    return out.to(torch.uint8).flatten(-2)[..., : -(-n * bits // 8)].contiguous()
+
+
+def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
+    """The inverse of `pack`: uint8 (..., ceil(n * bits / 8)) -> uint8 codes (..., n)."""
+    if bits == 8:
+        return packed
+    if bits == 4:
+        return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)[..., :n]
+    runs = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits)).long()
+    word = (runs << (8 * torch.arange(bits, device=packed.device))).sum(-1, keepdim=True)
+    codes = (word >> (bits * torch.arange(8, device=packed.device))) & ((1 << bits) - 1)
+    return codes.to(torch.uint8).flatten(-2)[..., :n]
+
+
+def grouped(w: Tensor, f: Format) -> Tensor:
+    """w of any shape -> float32 (groups, n): a row a group; a short last group is filled with zeros."""
+    g = prod(f.groups(tuple(w.shape)))
+    flat = w.float().reshape(-1)
+    if f.flat and isinstance(f.group, int):
+        flat = torch.nn.functional.pad(flat, (0, g * f.group - flat.numel()))
+    return flat.reshape(g, flat.numel() // g if g else 0)
+
+
+def ungrouped(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `grouped`: drops the filling."""
+    return rows.reshape(-1)[: prod(shape)].reshape(shape)
+
+
+@dataclass(frozen=True)
+class QParams:
+    """Scale and zero point of one tensor in one format, each float32 of shape `format.groups(shape)`.
+
+    zero is None where the format has none; an integer zero point is held as a float here, and is rounded and
+    clamped when stored; a float zero is what is added.
+    """
+
+    scale: Tensor
+    zero: Tensor | None = None
+
+
+@dataclass
+class QTensor:
+    """A tensor in a format.
+
+    shape: the logical shape, (..., out, in). dtype: the source's, and that of `dequantize()`.
+    parts: "codes" uint8, packed along the input; "scale" and "zero", each a tensor of shape
+    `format.groups(shape)` or, where the format nests, a QTensor of that shape; "offset", a scalar that
+    centred formats add. layout: "canonical", or the name of a kernel's own order of the same parts.
+    """
+
+    format: Format
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: dict[str, Tensor | QTensor] = field(repr=False)
+    layout: str = "canonical"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the parts really take."""
+        return sum(p.nbytes for p in self.parts.values())
+
+    @property
+    def codes(self) -> Tensor:
+        """uint8 of the logical shape, unpacked."""
+        packed = self.parts["codes"]
+        assert isinstance(packed, Tensor)
+        if self.format.flat:
+            return unpack(packed, self.format.bits, prod(self.shape)).reshape(self.shape)
+        return unpack(packed, self.format.bits, self.shape[-1]).reshape(self.shape)
+
+    @property
+    def qparams(self) -> QParams:
+        """Scale and zero as they are after storage: what every product uses. Views where nothing is nested."""
+        return QParams(_value(self.parts["scale"]), _value(self.parts["zero"]) if "zero" in self.parts else None)
+
+    def dequantize(self) -> Tensor:
+        """The tensor that the parts stand for, computed in float32 and rounded once to the source's dtype."""
+        value = ungrouped(decode(self.codes, self.format, self.qparams), self.shape)
+        if "offset" in self.parts:
+            value = value + self.parts["offset"]
+        return value.to(self.dtype)
+
+    def to(self, device: torch.device | str) -> QTensor:
+        """The same data on another device."""
+        return replace(self, parts={k: p.to(device) for k, p in self.parts.items()})
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """The parts as flat names, nested ones joined by a dot: "scale.codes"."""
+        out: dict[str, Tensor] = {}
+        for name, part in self.parts.items():
+            out |= part.tensors(f"{prefix}{name}.") if isinstance(part, QTensor) else {prefix + name: part}
+        return out
+
+    def with_tensors(self, tensors: dict[str, Tensor], prefix: str = "") -> QTensor:
+        """The same QTensor around other tensors, named as `tensors()` names them."""
+        parts = {
+            k: p.with_tensors(tensors, f"{prefix}{k}.") if isinstance(p, QTensor) else tensors[prefix + k]
+            for k, p in self.parts.items()
+        }
+        return replace(self, parts=parts)
+
+
+def _value(part: Tensor | QTensor) -> Tensor:
+    return part.dequantize() if isinstance(part, QTensor) else part.float()
+
+
+def grid_values(codes: Tensor, f: Format, zero: Tensor | None = None) -> Tensor:
+    """Codes -> the float32 values of the grid, before the scale. `zero` is the integer zero point, if any."""
+    match f.grid:
+        case Integers() as grid:
+            return codes.float() - (zero if zero is not None and f.zero == "integer" else grid.middle)
+        case Table() as grid:
+            return torch.nn.functional.embedding(codes.int(), grid.codebook.to(codes.device)[:, None])[..., 0]
+        case Float8() as grid:
+            return codes.view(grid.dtype).float()
+
+
+def decode(codes: Tensor, f: Format, p: QParams) -> Tensor:
+    """uint8 codes of any shape -> float32 (groups, n), by the formulas of formats.py."""
+    filled = torch.nn.functional.pad(codes.reshape(-1), (0, -codes.numel() % f.group)) if f.flat else codes  # pyright: ignore
+    rows = filled.reshape(p.scale.numel(), -1) if p.scale.numel() else filled.reshape(0, 0)
+    scale = p.scale.reshape(-1, 1)
+    zero = None if p.zero is None else p.zero.reshape(-1, 1)
+    value = grid_values(rows, f, zero) * scale
+    return value if zero is None or f.zero == "integer" else value + zero
+
+
+def check_parts(q: QTensor) -> QTensor:
+    """Checks sizes and dtypes against format and shape, for parts that came from a file. Raises InputError."""
+    f, groups = q.format, q.format.groups(q.shape)
+    n = -(-prod(q.shape) * f.bits // 8) if f.flat else prod(q.shape[:-1]) * -(-q.shape[-1] * f.bits // 8)
+    codes = q.parts["codes"]
+    if codes.dtype != torch.uint8 or prod(codes.shape) != n:
+        raise InputError(f"{f.name} of shape {q.shape} needs {n} bytes of codes, not {tuple(codes.shape)} {codes.dtype}.")
+    for name in ("scale", "zero"):
+        if name in q.parts and tuple(q.parts[name].shape) != groups:
+            raise InputError(f"{f.name} of shape {q.shape} needs a {name} of shape {groups}, not {q.parts[name].shape}.")
+    return q
