@@ -107,6 +107,29 @@ class QTensor:
             value = value + self.parts["offset"]
         return value.to(self.dtype)
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether rows can be taken alone: each has its own whole groups, and no scale is quantized."""
+        plain = not any(isinstance(p, QTensor) for p in self.parts.values()) and self.format.group != "tensor"
+        return plain and len(self.shape) == 2 and not (self.format.flat and self.shape[1] % self._flat_group())
+
+    def _flat_group(self) -> int:
+        assert isinstance(self.format.group, int)
+        return self.format.group
+
+    def rows(self, index: Tensor) -> QTensor:
+        """Rows of a matrix, by an integer index of any shape: shape (*index.shape, in). Needs `has_rows`."""
+
+        def take(part: Tensor | QTensor) -> Tensor:
+            assert isinstance(part, Tensor)
+            return part.reshape(self.shape[0], -1)[index]
+
+        parts: dict[str, Tensor | QTensor] = {k: take(p) for k, p in self.parts.items()}
+        shape = (*index.shape, self.shape[1])
+        if self.format.flat:
+            parts = {k: p.reshape(-1) for k, p in parts.items() if isinstance(p, Tensor)}
+        return replace(self, shape=shape, parts=parts)
+
     def to(self, device: torch.device | str) -> QTensor:
         """The same data on another device."""
         return replace(self, parts={k: p.to(device) for k, p in self.parts.items()})

@@ -1,0 +1,339 @@
+"""A layer is an op and a weight: value = grid(stored + adapters). No tensor subclasses, no class per method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from halfbyte import kernels
+from halfbyte.errors import InputError
+from halfbyte.formats import Format
+from halfbyte.qtensor import QParams, QTensor
+
+
+class Codes(nn.Module):
+    """A QTensor held by a module: parts are buffers that move with the model and keep their dtype.
+
+    With `learn`, the scale is a float32 Parameter; what is used and saved is its rounding to the scale's own
+    dtype, so that the file is what was trained. Raises InputError where the scales are themselves quantized.
+    """
+
+    def __init__(self, q: QTensor, learn: bool = False) -> None:
+        super().__init__()
+        self._q = q
+        self._names = {name: name.replace(".", "_") for name in q.tensors()}
+        for name, part in q.tensors().items():
+            self.register_buffer(self._names[name], part)
+        if learn:
+            scale = q.parts["scale"]
+            if isinstance(scale, QTensor):
+                raise InputError(f"{q.format}: its scales are quantized themselves and cannot be trained.")
+            self._scale_dtype = scale.dtype
+            del self._buffers["scale"]
+            self.scale = nn.Parameter(scale.float())
+
+    @property
+    def learned(self) -> bool:
+        return "scale" in self._parameters
+
+    @property
+    def q(self) -> QTensor:
+        """The QTensor around the module's present tensors; differentiable in a learned scale."""
+        tensors = {name: getattr(self, attribute) for name, attribute in self._names.items()}
+        if self.learned:
+            tensors["scale"] = tensors["scale"].to(self._scale_dtype)
+        return self._q.with_tensors(tensors)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codes:
+        """Follows `.to(device)`; a cast (`.half()`, `.to(dtype)`) leaves the parts as they are."""
+
+        def keep_dtype(t: Tensor) -> Tensor:
+            return t.to(fn(t.new_empty(0)).device)
+
+        return super()._apply(keep_dtype, recurse)  # pyright: ignore[reportReturnType]
+
+
+class Grid(nn.Module):
+    """The format that a weight is seen through, with its scales: found anew from the weight, or learned.
+
+    how: a search of halfbyte.kernels (min/max by default: cheap enough for every step). learned: a QParams to
+    start from; scale (and a zero point, where the format has one) are then float32 Parameters, and their
+    gradient is LSQ's, times 1/sqrt(n * 2^(b-1)) with n weights a scale (arXiv:1902.08153, section 2.2).
+    """
+
+    def __init__(self, format: Format, how: str = "minmax", learned: QParams | None = None) -> None:
+        super().__init__()
+        self.format, self.how = format, how
+        self.scale = nn.Parameter(learned.scale.float()) if learned else None
+        self.zero = nn.Parameter(learned.zero.float()) if learned and learned.zero is not None else None
+
+    def qparams(self, w: Tensor) -> QParams:
+        """The QParams for w: the one place that training, freezing and export ask."""
+        if self.scale is None:
+            return kernels.qparams(w.detach(), self.format, self.how)
+        damp = (w.numel() / self.scale.numel() * 2 ** (self.format.bits - 1)) ** -0.5
+        return QParams(_damped(self.scale, damp), None if self.zero is None else _damped(self.zero, damp))
+
+    def forward(self, w: Tensor) -> Tensor:
+        return kernels.fake(w, self.format, self.qparams(w))
+
+    def quantize(self, w: Tensor) -> QTensor:
+        return kernels.quantize(w, self.format, self.qparams(w))
+
+
+class _Damp(torch.autograd.Function):
+    """The value unchanged, its gradient times a number."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return p.view_as(p)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def _damped(p: Tensor, factor: float) -> Tensor:
+    return _Damp.apply(p, factor)  # pyright: ignore[reportReturnType]
+
+
+class Weight(nn.Module):
+    """What an op multiplies with. Two ops may share one: that is tying.
+
+    stored: a float Parameter (..., out, in), or Codes. adapters: by name; each has forward(x, y), delta().
+    grid: a Grid, or None.
+    """
+
+    stored: nn.Parameter | Codes
+    grid: Grid | None
+
+    def __init__(self, stored: nn.Parameter | Codes) -> None:
+        super().__init__()
+        self.stored = stored
+        self.adapters = nn.ModuleDict()
+        self.grid = None
+        self._seen: tuple[object, QTensor] | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.stored.q.shape) if isinstance(self.stored, Codes) else self.stored.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the value: codes count as the dtype of their source."""
+        return self.stored.q.dtype if isinstance(self.stored, Codes) else self.stored.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter([*self.stored.parameters(), *self.stored.buffers()])).device if isinstance(
+            self.stored, Codes
+        ) else self.stored.device
+
+    @property
+    def format(self) -> Format | None:
+        """The format that the value ships in: the grid's, else that of the codes, if any."""
+        if self.grid is not None:
+            return self.grid.format
+        return self.stored.q.format if isinstance(self.stored, Codes) and not self.adapters else None
+
+    def store(self, value: Tensor | QTensor, learn: bool = False) -> None:
+        """Puts in a float tensor (as a frozen Parameter) or codes in place of what was stored."""
+        new = Codes(value, learn) if isinstance(value, QTensor) else nn.Parameter(value, requires_grad=False)
+        del self.stored  # a Parameter and a module of one name would both stay registered
+        self.stored = new
+
+    def base(self) -> Tensor:
+        """stored as a float tensor; differentiable where it is trained."""
+        return self.stored.q.dequantize() if isinstance(self.stored, Codes) else self.stored
+
+    def sum(self) -> Tensor:
+        """stored + adapters, added in float32 and rounded once to the weight's dtype."""
+        w = self.base()
+        if not self.adapters:
+            return w
+        total = w.float()
+        for adapter in self.adapters.values():
+            total = total + adapter.delta().float()  # pyright: ignore[reportCallIssue]
+        return total.to(w.dtype)
+
+    def value(self) -> Tensor:
+        """grid(stored + adapters), in the weight's dtype."""
+        return self.sum() if self.grid is None else self.grid(self.sum())
+
+    def frozen(self) -> QTensor:
+        """The value as codes: those stored, or what the grid makes of the sum. Quantized once and kept until a
+        tensor that it came from changes. Raises InputError if the weight has neither."""
+        if self.grid is None:
+            if isinstance(self.stored, Codes) and not self.adapters:
+                return self.stored.q
+            raise InputError("this weight is a float: it has no codes.")
+        state = tuple((id(t), t._version) for t in [*self.parameters(), *self.buffers()])
+        if self._seen is None or self._seen[0] != state:
+            with torch.no_grad():
+                self._seen = (state, self.grid.quantize(self.sum()))
+        return self._seen[1]
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Folds the adapters into a float weight: dequantized, where it was codes. The grid stays."""
+        if self.adapters:
+            self.store(self.sum().clone())
+            self.adapters.clear()
+
+    @torch.no_grad()
+    def freeze(self, q: QTensor | None = None) -> None:
+        """Makes codes of the value: q, or what the weight's own grid gives. Grid and adapters are gone after."""
+        self.store(q if q is not None else self.frozen())
+        self.grid, self._seen = None, None
+        self.adapters.clear()
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.shape)}, {self.format or self.dtype}"
+
+
+class Linear(nn.Module):
+    """y = x W^T + b with the W of a Weight (out, in).
+
+    Without a grid the factored path is taken: the base's product, to which each adapter adds its own. With one
+    the value is needed; in eval it is quantized once and its codes are multiplied, as they will be after
+    saving. input: the format that x is rounded to at run time, by rows (tokens), or None. transposed: the
+    checkpoint holds (in, out), as GPT-2's Conv1D does; only reading and writing care.
+    """
+
+    def __init__(self, weight: Weight, bias: nn.Parameter | None = None, transposed: bool = False) -> None:
+        super().__init__()
+        self.weight, self.bias, self.transposed = weight, bias, transposed
+        self.input: Format | None = None
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[-1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[-2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight
+        if self.input is not None:
+            x = kernels.fake(x, self.input, kernels.qparams(x.detach(), self.input, "absmax"))
+        if w.grid is not None:
+            return F.linear(x, w.value().to(x.dtype), self.bias) if self.training else self._frozen(x, w.frozen())
+        if isinstance(w.stored, Codes) and not w.stored.learned:
+            y = self._frozen(x, w.stored.q)
+        else:
+            y = F.linear(x, w.base().to(x.dtype), self.bias)
+        for adapter in w.adapters.values():
+            y = adapter(x, y)
+        return y
+
+    def _frozen(self, x: Tensor, q: QTensor) -> Tensor:
+        return kernels.linear(x, q, self.bias)
+
+
+class Embedding(nn.Module):
+    """Rows of a Weight (tokens, width), looked up; `scale` multiplies them where a model does so (Gemma)."""
+
+    transposed = False
+
+    def __init__(self, weight: Weight, padding_idx: int | None = None, scale: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight, self.padding_idx = weight, padding_idx
+        self.register_buffer("embed_scale", scale, persistent=False)
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.weight.shape[1]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        w = self.weight
+        if w.adapters or (w.grid is not None and self.training) or not self._rows_alone():
+            y = F.embedding(ids, w.value(), self.padding_idx)
+        elif w.format is None:
+            y = F.embedding(ids, w.base(), self.padding_idx)
+        else:
+            y = w.frozen().rows(ids).dequantize()
+        return y if self.embed_scale is None else y * self.embed_scale.to(y.dtype)
+
+    def _rows_alone(self) -> bool:
+        return self.weight.format is None or self.weight.frozen().has_rows
+
+
+Op = Linear | Embedding
+
+
+def _linear(m: nn.Module, weight: Weight) -> Op:
+    return Linear(weight, m.bias)  # pyright: ignore[reportArgumentType]
+
+
+def _conv1d(m: nn.Module, weight: Weight) -> Op:
+    return Linear(weight, m.bias, transposed=True)  # pyright: ignore[reportArgumentType]
+
+
+def _embedding(m: nn.Module, weight: Weight) -> Op:
+    scale = getattr(m, "embed_scale", None)
+    scale = None if scale is None else torch.as_tensor(scale)
+    return Embedding(weight, m.padding_idx, scale)  # pyright: ignore[reportArgumentType]
+
+
+# Which modules become which op. By name, so that transformers' own classes need no import here; a subclass
+# that computes something else is not in the table and stays as it is, which `plan` reports.
+OPS: dict[str, Callable[[nn.Module, Weight], Op]] = {
+    "Linear": _linear,
+    "NonDynamicallyQuantizableLinear": _linear,
+    "Conv1D": _conv1d,
+    "Embedding": _embedding,
+    "Gemma3TextScaledWordEmbedding": _embedding,
+}
+
+
+def swap(model: nn.Module) -> nn.Module:
+    """Replaces, in place, the modules that OPS names by ops around Weights; shared parameters share a Weight.
+
+    Call it once tying is done. Works on the meta device. Returns the model (or the op, for a bare module).
+    """
+    weights: dict[int, Weight] = {}
+
+    def op_of(m: nn.Module) -> Op | None:
+        make = OPS.get(type(m).__name__)
+        p = getattr(m, "weight", None)
+        if make is None or not isinstance(p, nn.Parameter):
+            return None
+        if id(p) not in weights:
+            turned = make is _conv1d
+            stored = nn.Parameter(p.detach().T.contiguous(), p.requires_grad) if turned else p
+            weights[id(p)] = Weight(stored)
+        return make(m, weights[id(p)])
+
+    if (root := op_of(model)) is not None:
+        return root
+    for name, m in list(model.named_modules()):
+        if name and (op := op_of(m)) is not None:
+            op.train(m.training)
+            model.set_submodule(name, op)
+    return model
+
+
+def ops(model: nn.Module) -> Iterator[tuple[str, Op]]:
+    """Every op with its name, tied ones under each of theirs."""
+    for name, m in model.named_modules(remove_duplicate=False):
+        if isinstance(m, Linear | Embedding):
+            yield name, m
+
+
+def weights(model: nn.Module) -> dict[str, Weight]:
+    """Every Weight once, by the name of the first op that holds it and ".weight"."""
+    seen: dict[int, str] = {}
+    for name, op in ops(model):
+        seen.setdefault(id(op.weight), f"{name}.weight")
+    by_id = {id(op.weight): op.weight for _, op in ops(model)}
+    return {name: by_id[i] for i, name in seen.items()}
