@@ -46,6 +46,7 @@ class Table:
 
     values: tuple[float, ...]
     ties: str = "lower"
+    lattice: int = 0  # points on [-1, 1] that a number is moved to before it is rounded: bitsandbytes' look-up
 
     @property
     def bits(self) -> int:
@@ -163,7 +164,7 @@ def _dynamic_map() -> tuple[float, ...]:
     return tuple(sorted(data))
 
 
-_DYNAMIC = Format("dynamic8-g256", Table(_dynamic_map()), 256, "float32", flat=True, center=True)
+_DYNAMIC = Format("dynamic8-g256", Table(_dynamic_map(), lattice=1 << 16), 256, "float32", flat=True, center=True)
 
 
 _TABLES = {

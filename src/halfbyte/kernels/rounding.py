@@ -14,7 +14,10 @@ def normalize(rows: Tensor, f: Format, p: QParams) -> Tensor:
     scale = p.scale.reshape(-1, 1)
     if p.zero is not None and f.zero != "integer":
         rows = rows - p.zero.reshape(-1, 1)
-    return torch.where(scale == 0, 0.0, rows / torch.where(scale == 0, 1.0, scale))
+    safe = torch.where(scale == 0, 1.0, scale)
+    if isinstance(f.grid, Table) and (inverse := 1 / safe).isfinite().all():
+        return torch.where(scale == 0, 0.0, rows * inverse)  # as bitsandbytes does: a division rounds otherwise
+    return torch.where(scale == 0, 0.0, rows / safe)
 
 
 def round_to_grid(x: Tensor, f: Format, zero: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -25,6 +28,9 @@ def round_to_grid(x: Tensor, f: Format, zero: Tensor | None) -> tuple[Tensor, Te
             return q.clamp(0, grid.top).to(torch.uint8), (q >= 0) & (q <= grid.top)
         case Table() as grid:
             bounds, order = grid.bounds.to(x.device), grid.order.to(x.device)
+            if grid.lattice:
+                n = grid.lattice - 1
+                x = ((x.clamp(-1, 1) + 1) * 0.5 * n + 0.5).floor() * 2 / n - 1
             rank = torch.bucketize(x, bounds, out_int32=True)
             codes = torch.nn.functional.embedding(rank, order[:, None])[..., 0]
             if grid.ties == "even":

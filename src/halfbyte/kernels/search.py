@@ -22,7 +22,7 @@ def qparams(w: Tensor, f: Format, how: str | None = None, weight: Tensor | None 
     which is one step longer than the highest); "absmax" covers it evenly, as compressed-tensors does for
     activations; "mse" searches the least squared error; "percentile-99.9" clips the outer 0.1%; None is the
     format's own default. weight: float (in,), the importance of each input's squared error, for "mse".
-    A tensor of zeros, or an empty one, gets scale 1. Raises InputError for NaN, infinity, an unknown `how`.
+    A group of zeros, or an empty tensor, gets scale 1 (0 in bitsandbytes' formats). Raises InputError for NaN, infinity, an unknown `how`.
     """
     how = how or f.search
     if not torch.isfinite(w).all():
@@ -45,7 +45,8 @@ def qparams(w: Tensor, f: Format, how: str | None = None, weight: Tensor | None 
     ]
     scale, zero = (torch.cat(c) if c[0] is not None else None for c in zip(*chunks, strict=True))
     assert scale is not None
-    scale = torch.where(scale == 0, 1.0, scale)
+    if not f.flat:  # bitsandbytes keeps the 0
+        scale = torch.where(scale == 0, 1.0, scale)
     if f.scale == "float8_e8m0fnu" and isinstance(f.grid, Table):
         # OCP MX 1.0, section 6.3: the exponent of the largest magnitude less that of the largest grid value
         top = torch.tensor(max(f.grid.values))

@@ -1,0 +1,60 @@
+"""Layouts on disk that other programs read. A container is a file here and a row in CONTAINERS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from halfbyte.containers import bitsandbytes, compressed_tensors
+from halfbyte.errors import InputError
+from halfbyte.formats import Format
+from halfbyte.qtensor import QTensor
+
+Get = Callable[[str], Tensor]  # reads one tensor of the checkpoint by its name on disk
+
+
+class Container(Protocol):
+    """A layout for the quantized weights of a Hugging Face folder. Names are module paths without ".weight"."""
+
+    METHOD: str  # config.json's quantization_config.quant_method
+    READER: str  # who reads it, for messages
+
+    def refuses(self, f: Format, role: str) -> str | None:
+        """Why a weight of this format and role (see scheme.py) cannot be held; None if it can."""
+        ...
+
+    def encode(self, name: str, q: QTensor, input: Format | None = None) -> dict[str, Tensor]:
+        """The tensors on disk, by full name, of the weight of module `name` whose inputs are in format `input`."""
+        ...
+
+    def config(self, sites: Mapping[str, tuple[QTensor, Format | None]], kept: list[str]) -> dict[str, Any]:
+        """quantization_config for the given quantized modules (weight, input format) and kept ones."""
+        ...
+
+    def formats(self, config: Mapping[str, Any], names: set[str], get: Get) -> dict[str, tuple[Format, Format | None]]:
+        """From a quantization_config and the names on disk: module -> (weight format, input format)."""
+        ...
+
+    def decode(self, name: str, f: Format, shape: tuple[int, ...], get: Get) -> QTensor:
+        """The weight of module `name`, codes unchanged. Raises InputError if sizes do not fit."""
+        ...
+
+
+CONTAINERS: dict[str, Container] = {
+    c.METHOD: c  # pyright: ignore[reportAssignmentType]
+    for c in (compressed_tensors, bitsandbytes)
+}
+
+
+def container_for(sites: Mapping[str, tuple[Format, str]]) -> Container:
+    """The first container that holds all of these (module -> format, role). Raises InputError with each one's
+    reason if none does."""
+    reasons = []
+    for c in CONTAINERS.values():
+        why = next((f"{name}: {w}" for name, (f, role) in sites.items() if (w := c.refuses(f, role))), None)
+        if why is None:
+            return c
+        reasons.append(f"{c.METHOD} ({why})")
+    raise InputError(f"no folder layout that others read can hold this model: {'; '.join(reasons)}.")

@@ -1,0 +1,177 @@
+"""The compressed-tensors layout: what vLLM and transformers read integer and FP8 weights from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.errors import InputError
+from halfbyte.formats import FORMATS, SOURCE, Float8, Format, Integers
+from halfbyte.qtensor import QTensor, check_parts, pack
+
+if TYPE_CHECKING:
+    from halfbyte.containers import Get
+
+METHOD = "compressed-tensors"
+READER = "transformers with compressed-tensors (0.15 to 0.17.1), vLLM"
+
+
+def refuses(f: Format, role: str) -> str | None:
+    if role not in ("linear", "head"):
+        return f"it has no place for a weight of kind {role}"
+    integers = isinstance(f.grid, Integers) and f.zero in (None, "integer")
+    e4m3 = isinstance(f.grid, Float8) and f.grid.dtype == torch.float8_e4m3fn and not isinstance(f.group, int)
+    if not (integers or e4m3) or f.scale != SOURCE or f.flat:
+        return f"it has no layout for {f.name}"
+    if f.zero and f.group == "tensor":
+        return "it packs zero points by rows, not for a whole tensor"
+    return None
+
+
+def encode(name: str, q: QTensor, input: Format | None = None) -> dict[str, Tensor]:
+    """Codes and scales unchanged. See `_layout` for which of the three layouts it is."""
+    f, scale = q.format, q.parts["scale"]
+    assert isinstance(scale, Tensor)
+    out = {f"{name}.weight_scale": scale}
+    if isinstance(f.grid, Float8):
+        return {f"{name}.weight": q.codes.view(f.grid.dtype), **out}
+    if _layout(f, input) == "int-quantized":
+        # two's complement is the offset code with its highest bit turned
+        return {f"{name}.weight": (q.codes ^ 128).view(torch.int8), **out}
+    out[f"{name}.weight_packed"] = _words(q.codes, f.bits)
+    out[f"{name}.weight_shape"] = torch.tensor(q.shape)
+    if "zero" in q.parts:
+        zero = q.parts["zero"]
+        assert isinstance(zero, Tensor)
+        out[f"{name}.weight_zero_point"] = _words(zero.T, f.bits).T.contiguous()
+    return out
+
+
+def _layout(f: Format, input: Format | None) -> str:
+    if isinstance(f.grid, Float8):
+        return "float-quantized"
+    return "int-quantized" if input is not None and f.bits == 8 and f.zero is None else "pack-quantized"
+
+
+def _words(codes: Tensor, bits: int) -> Tensor:
+    """uint8 (rows, n) -> int32 (rows, ceil(n / per)): `per` = 32 // bits codes a word, the first lowest."""
+    per = 32 // bits
+    runs = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per)).unflatten(-1, (-1, per)).long()
+    word = (runs << (bits * torch.arange(per))).sum(-1)
+    return torch.where(word >= 1 << 31, word - (1 << 32), word).to(torch.int32)
+
+
+def _codes(words: Tensor, bits: int, n: int) -> Tensor:
+    """The inverse of `_words`."""
+    per = 32 // bits
+    runs = (words.long()[..., None] >> (bits * torch.arange(per))) & ((1 << bits) - 1)
+    return runs.flatten(-2)[..., :n].to(torch.uint8)
+
+
+def _args(f: Format, dynamic: bool = False) -> dict[str, Any]:
+    group = isinstance(f.group, int)
+    strategy = "group" if group else "token" if dynamic and f.group == "channel" else f.group
+    return {
+        "num_bits": f.bits,
+        "type": "float" if isinstance(f.grid, Float8) else "int",
+        "symmetric": f.zero is None,
+        "strategy": strategy,
+        "group_size": f.group if group else None,
+        "dynamic": dynamic,
+    }
+
+
+def config(sites: Mapping[str, tuple[QTensor, Format | None]], kept: list[str]) -> dict[str, Any]:
+    """One group for each pair of formats, with the modules it covers; kept modules in `ignore`."""
+    from compressed_tensors.quantization import QuantizationConfig  # 2.6 s: only a writer pays them
+
+    pairs: dict[tuple[Format, Format | None], list[str]] = {}
+    for name, (q, input) in sites.items():
+        pairs.setdefault((q.format, input), []).append(name)
+    groups = {}
+    for i, ((f, input), names) in enumerate(pairs.items()):
+        others = [n for pair, ns in pairs.items() if pair != (f, input) for n in ns]
+        groups[f"group_{i}"] = {
+            "targets": ["Linear"] if len(pairs) == 1 else _patterns(names, others),
+            "weights": _args(f),
+            "input_activations": None if input is None else _args(input, dynamic=True),
+            "format": _layout(f, input),
+        }
+    layouts = {g["format"] for g in groups.values()}
+    return QuantizationConfig(
+        config_groups=groups,
+        format=layouts.pop() if len(layouts) == 1 else "mixed-precision",
+        quantization_status="compressed",  # pyright: ignore[reportArgumentType]
+        ignore=kept,
+    ).model_dump(mode="json")
+
+
+def _patterns(names: list[str], others: list[str]) -> list[str]:
+    """Expressions that match all of names and none of others: a pattern a kind of layer where that suffices."""
+    out: dict[str, None] = {}
+    for name in names:
+        pattern = re.escape(name)
+        wide = re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", pattern)
+        out["re:" + (pattern if any(re.fullmatch(wide, o) for o in others) else wide) + "$"] = None
+    return list(out)
+
+
+def formats(config: Mapping[str, Any], names: set[str], get: Get) -> dict[str, tuple[Format, Format | None]]:
+    """Modules with a weight_scale, each under the first group whose target is its name, a pattern or "Linear"."""
+    groups = config.get("config_groups")
+    if not isinstance(groups, Mapping):
+        raise InputError("quantization_config: compressed-tensors needs config_groups.")
+    out = {}
+    for name in sorted(n.removesuffix(".weight_scale") for n in names if n.endswith(".weight_scale")):
+        group = next((g for g in groups.values() if any(_matches(t, name) for t in g.get("targets", []))), None)
+        group = group or next((g for g in groups.values() if "Linear" in g.get("targets", [])), None)
+        if group is None:
+            raise InputError(f"quantization_config: no group of compressed-tensors covers {name}.")
+        input = group.get("input_activations")
+        out[name] = (_format(group.get("weights"), name), None if input is None else _format(input, name))
+    return out
+
+
+def _matches(target: str, name: str) -> bool:
+    return bool(re.match(target[3:], name)) if target.startswith("re:") else target == name
+
+
+def _format(args: Any, name: str) -> Format:
+    try:
+        kind, bits, strategy = args["type"], args["num_bits"], args["strategy"]
+        group = f"g{args['group_size']}" if strategy == "group" else str(strategy)
+        base = "fp8-e4m3" if kind == "float" else f"int{bits}" if args.get("symmetric", True) else f"uint{bits}"
+        return FORMATS[f"{base}-{group}"]
+    except (KeyError, TypeError, InputError):
+        raise InputError(f"quantization_config: {name}'s arguments are none that halfbyte knows: {args}.") from None
+
+
+def decode(name: str, f: Format, shape: tuple[int, ...], get: Get) -> QTensor:
+    scale = get(f"{name}.weight_scale")
+    parts: dict[str, Tensor | QTensor] = {"scale": scale.reshape(f.groups(shape)) if scale.numel() == prod(f.groups(shape)) else scale}
+    if isinstance(f.grid, Float8):
+        codes = get(f"{name}.weight").view(torch.uint8)
+    else:
+        codes = _integers(name, f, shape, get)
+    if f.zero:
+        packed = get(f"{name}.weight_zero_point")
+        parts["zero"] = _codes(packed.T, f.bits, shape[0]).T.contiguous()
+    if tuple(codes.shape) != shape:
+        raise InputError(f"{name}: the codes have the shape {tuple(codes.shape)}; the model needs {shape}.")
+    return check_parts(QTensor(f, shape, scale.dtype, {"codes": pack(codes, f.bits), **parts}))
+
+
+def _integers(name: str, f: Format, shape: tuple[int, ...], get: Get) -> Tensor:
+    try:
+        words = get(f"{name}.weight_packed")
+    except InputError:
+        stored = get(f"{name}.weight")
+        if stored.dtype != torch.int8:
+            raise InputError(f"{name}.weight should hold int8, not {stored.dtype}.") from None
+        return stored.view(torch.uint8) ^ 128
+    return _codes(words, f.bits, shape[-1])

@@ -1,0 +1,185 @@
+"""Safetensors files of a Hugging Face folder: read one tensor at a time, written as a stream of shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from halfbyte.errors import InputError
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+_LARGEST_HEADER = 100_000_000  # safetensors' own bound
+MAX_SHARD = 4_000_000_000  # bytes: what hubs and older file systems take
+INDEX = "model.safetensors.index.json"
+
+
+class Shards:
+    """The tensors of one or more safetensors files, by name; each is read by pread when asked for.
+
+    Every offset is checked against the file before anything is read: the files may come from anyone.
+    Raises InputError that names the file for one that is missing, truncated or not safetensors.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.files = sorted(files)
+        self._where: dict[str, tuple[Path, str, tuple[int, ...], int, int]] = {}
+        for file in self.files:
+            for name, entry in _header(file).items():
+                if name in self._where:
+                    raise InputError(f"{file}: the tensor {name!r} stands in {self._where[name][0].name} too.")
+                self._where[name] = (file, *entry)
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Shards:
+        """model.safetensors, or the shards that the index names."""
+        index = folder / INDEX
+        if index.exists():
+            names = read_json(index).get("weight_map")
+            if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+                raise InputError(f"{index}: it has no weight_map of file names.")
+            if bad := [n for n in names.values() if Path(n).name != n]:
+                raise InputError(f"{index}: {bad[0]!r} is not a file name of this folder.")
+            return cls({folder / n for n in names.values()})
+        if (folder / "model.safetensors").exists():
+            return cls([folder / "model.safetensors"])
+        if pickles := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
+            raise InputError(
+                f"{pickles[0]} is a pickle file, which can run code when read; convert it to safetensors first."
+            )
+        raise InputError(f"{folder} holds no model.safetensors and no {INDEX}.")
+
+    def __iter__(self):  # noqa: ANN204
+        return iter(self._where)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._where[name][2]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return _DTYPES[self._where[name][1]]
+
+    def get(self, name: str) -> Tensor:
+        """The tensor, in memory of its own. Raises InputError if there is none of that name."""
+        if name not in self._where:
+            raise InputError(f"{self.files[0].parent if self.files else '?'}: the tensor {name!r} is missing.")
+        file, dtype, shape, begin, end = self._where[name]
+        data = bytearray(end - begin)
+        with open(file, "rb", buffering=0) as f:
+            f.seek(begin)
+            if f.readinto(data) != len(data):
+                raise InputError(f"{file}: it ends inside the tensor {name!r}.")
+        if not data:
+            return torch.empty(shape, dtype=_DTYPES[dtype])
+        return torch.frombuffer(data, dtype=torch.uint8).view(_DTYPES[dtype]).reshape(shape)
+
+    def sha256(self) -> str:
+        """Of the files' contents, in the order of their names."""
+        return sha256_of(self.files)
+
+
+def sha256_of(files: Iterable[Path]) -> str:
+    """One hash for the contents of several files, in order."""
+    whole = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as f:
+            whole.update(hashlib.file_digest(f, "sha256").digest())
+    return whole.hexdigest()
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises InputError that names it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing.") from None
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path} is not valid JSON: {str(e)[:100]}.") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} should hold a JSON object, not a {type(value).__name__}.")
+    return value
+
+
+def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """name -> dtype's name, shape, first and last byte in the file. Raises InputError."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as f:
+            head = f.read(8)
+            if len(head) < 8:
+                raise InputError(f"{file} is not a safetensors file: it has {size} bytes.")
+            (n,) = struct.unpack("<Q", head)
+            if n > min(_LARGEST_HEADER, size - 8):
+                raise InputError(f"{file} is not a safetensors file or is truncated: its header says {n} bytes.")
+            table = json.loads(f.read(n))
+    except OSError as e:
+        raise InputError(f"{file} cannot be read: {e.strerror}.") from None
+    except (ValueError, RecursionError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"{file} is not a safetensors file: its header is not JSON.") from None
+    if not isinstance(table, dict):
+        raise InputError(f"{file} is not a safetensors file: its header is not an object.")
+    table.pop("__metadata__", None)
+    return {name: _entry(file, name, e, 8 + n, size) for name, e in table.items()}
+
+
+def _entry(file: Path, name: str, e: object, start: int, size: int) -> tuple[str, tuple[int, ...], int, int]:
+    try:
+        assert isinstance(e, dict)
+        dtype, shape, (begin, end) = e["dtype"], tuple(e["shape"]), e["data_offsets"]
+        assert dtype in _DTYPES
+        assert all(type(d) is int and d >= 0 for d in (*shape, begin, end))
+        assert begin <= end <= size - start
+        assert prod(shape) * _DTYPES[dtype].itemsize == end - begin
+    except (AssertionError, KeyError, TypeError, ValueError):
+        raise InputError(f"{file}: the entry of tensor {name[:80]!r} is broken or the file is truncated.") from None
+    return dtype, shape, start + begin, start + end
+
+
+def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard: int = MAX_SHARD) -> int:
+    """Writes tensors as they come, a shard at a time in memory; one file, or several with an index.
+
+    Returns the bytes of all tensors.
+    """
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    total = 0
+
+    def flush() -> None:
+        save_file(pending, str(folder / f"part-{len(shards)}"), metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > max_shard:
+            flush()
+        pending[name] = tensor.detach().cpu().contiguous()
+        total += tensor.nbytes
+    if pending or not shards:
+        flush()
+    if len(shards) == 1:
+        (folder / "part-0").rename(folder / "model.safetensors")
+        return total
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"part-{i}").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=1))
+    return total
