@@ -1,0 +1,220 @@
+"""The 4-bit layout of bitsandbytes: NF4 and FP4, with or without double quantization. It needs no library.
+
+A weight `X` of n numbers is `X.weight` uint8 (n/2, 1), the earlier number in the high nibble; blocks run over
+the flattened (out, in) matrix. Beside it are `X.weight.absmax`, `X.weight.quant_map`, and the rest as JSON in
+a uint8 tensor, `X.weight.quant_state.bitsandbytes__nf4`. Double quantization adds `nested_absmax` and
+`nested_quant_map`, and keeps the mean of the constants as `nested_offset` in the JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.errors import InputError
+from halfbyte.formats import FORMATS, Format, Table
+from halfbyte.qtensor import QTensor, check_parts
+
+if TYPE_CHECKING:
+    from halfbyte.containers import Get
+
+METHOD = "bitsandbytes"
+READER = "transformers + bitsandbytes"
+
+_TYPES = {"nf4": "nf4", "fp4": "fp4-bnb"}  # bitsandbytes' name of a grid: ours
+_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_STATE = ".weight.quant_state.bitsandbytes__"
+
+
+def _type(f: Format) -> str | None:
+    """bitsandbytes' name of the format's grid, None if it has none."""
+    return next((theirs for theirs, ours in _TYPES.items() if f.grid == FORMATS[f"{ours}-g64"].grid), None)
+
+
+def refuses(f: Format, role: str) -> str | None:
+    """See Container. Conv1D is held as the Linear that bitsandbytes makes of it, (out, in)."""
+    if role not in ("linear", "conv1d"):
+        return f"it has no place for a weight of kind {role}"
+    if _type(f) is None or not f.flat or f.scale not in ("float32", FORMATS["nf4-g64-dq"].scale):
+        return f"it has no layout for {f.name}, only for nf4, nf4 with -dq, and fp4-bnb"
+    if f.group not in _BLOCKS:
+        return f"it has no blocks of {f.group}, only of {', '.join(map(str, _BLOCKS))}"
+    return None
+
+
+def encode(name: str, q: QTensor, input: Format | None = None) -> dict[str, Tensor]:
+    """See Container. Codes and constants unchanged."""
+    f, kind = q.format, _type(q.format)
+    state: dict[str, Any] = {
+        "quant_type": kind,
+        "blocksize": f.group,
+        "dtype": str(q.dtype).removeprefix("torch."),
+        "shape": list(q.shape),
+    }
+    parts = q.tensors()
+    out = {"weight": _swap_nibbles(parts["codes"])[:, None], "weight.quant_map": _map(f)}
+    if isinstance(f.scale, Format):
+        state["nested_blocksize"] = f.scale.group
+        state["nested_dtype"] = "float32"
+        state["nested_offset"] = parts["scale.offset"].item()
+        out |= {"weight.absmax": parts["scale.codes"], "weight.nested_absmax": parts["scale.scale"]}
+        out["weight.nested_quant_map"] = _map(f.scale)
+    else:
+        out["weight.absmax"] = parts["scale"]
+    text = json.dumps(state).encode()
+    out[f"weight.quant_state.bitsandbytes__{kind}"] = torch.tensor(list(text), dtype=torch.uint8)
+    return {f"{name}.{k}": t.clone() for k, t in out.items()}  # a file refuses tensors that share memory
+
+
+def _map(f: Format) -> Tensor:
+    assert isinstance(f.grid, Table)
+    return f.grid.codebook
+
+
+def _swap_nibbles(packed: Tensor) -> Tensor:
+    """Our first code is in the low nibble, theirs in the high one."""
+    return (packed >> 4) | (packed << 4)
+
+
+def config(sites: Mapping[str, tuple[QTensor, Format | None]], kept: list[str]) -> dict[str, Any]:
+    """See Container. What transformers' BitsAndBytesConfig writes; each weight's own state decides for it.
+
+    Raises InputError if a kept name would make readers skip a quantized module too.
+    """
+    for k in kept:
+        if hidden := next((n for n in sites if n.endswith(k) or n.startswith(f"{k}.")), None):
+            raise InputError(
+                f"bitsandbytes: readers that keep {k} would keep {hidden} too, which is quantized."
+            )
+    weights = [q for q, _ in sites.values()]
+    return {
+        "quant_method": METHOD,
+        "_load_in_8bit": False,
+        "_load_in_4bit": True,
+        "llm_int8_threshold": 6.0,
+        # even when empty: without a list readers choose for themselves
+        "llm_int8_skip_modules": list(kept),
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "bnb_4bit_quant_type": _type(weights[0].format) if weights else "nf4",
+        "bnb_4bit_use_double_quant": any(isinstance(q.parts["scale"], QTensor) for q in weights),
+        "bnb_4bit_compute_dtype": str(weights[0].dtype).removeprefix("torch.") if weights else "float32",
+        "bnb_4bit_quant_storage": "uint8",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+    }
+
+
+def formats(config: Mapping[str, Any], names: set[str], get: Get) -> dict[str, tuple[Format, Format | None]]:
+    """See Container. Raises InputError for LLM.int8() and for a state that cannot be read."""
+    if config.get("load_in_8bit") or config.get("_load_in_8bit"):
+        raise InputError(
+            "quantization_config: load_in_8bit (LLM.int8) is not read; only bitsandbytes' 4-bit weights."
+        )
+    out: dict[str, tuple[Format, Format | None]] = {}
+    for full in sorted(n for n in names if _STATE in n):
+        name, _, kind = full.rpartition(_STATE)
+        out[name] = (_format(full, kind, _state(full, get)), None)
+    return out
+
+
+def _state(full: str, get: Get) -> dict[str, Any]:
+    data = get(full)
+    try:
+        if data.dtype != torch.uint8 or data.numel() > 1 << 16:
+            raise ValueError
+        state = json.loads(bytes(data.flatten().tolist()))
+    except (ValueError, RecursionError):
+        raise InputError(f"{full} is not a JSON text in bytes.") from None
+    if not isinstance(state, dict):
+        raise InputError(f"{full} should hold a JSON object, not a {type(state).__name__}.")
+    return state
+
+
+def _format(full: str, kind: str, state: Mapping[str, Any]) -> Format:
+    """The format that a state describes. Raises InputError."""
+    if kind not in _TYPES or state.get("quant_type") != kind:
+        said = state.get("quant_type", kind)
+        raise InputError(f"{full}: the type is {str(said)[:40]!r}; halfbyte reads {', '.join(_TYPES)}.")
+    block = state.get("blocksize")
+    if type(block) is not int or block not in _BLOCKS:
+        raise InputError(
+            f"{full}: a blocksize of {str(block)[:40]} is none of {', '.join(map(str, _BLOCKS))}."
+        )
+    if "nested_blocksize" not in state:
+        return FORMATS[f"{_TYPES[kind]}-g{block}"]
+    nested = FORMATS["nf4-g64-dq"].scale
+    assert isinstance(nested, Format)
+    offset = state.get("nested_offset")
+    sane = type(offset) is float and abs(offset) <= torch.finfo(torch.float32).max  # JSON may say NaN
+    if state["nested_blocksize"] != nested.group or not sane:
+        raise InputError(
+            f"{full}: halfbyte reads double quantization in blocks of {nested.group} with an offset."
+        )
+    if kind != "nf4":
+        raise InputError(f"{full}: halfbyte reads double quantization of nf4 only, not of {kind}.")
+    return FORMATS[f"{_TYPES[kind]}-g{block}-dq"]
+
+
+def decode(name: str, f: Format, shape: tuple[int, ...], get: Get) -> QTensor:
+    """See Container."""
+    full = f"{name}{_STATE}{_type(f)}"
+    state = _state(full, get)
+    if _format(full, str(_type(f)), state) != f:
+        raise InputError(f"{full}: the weight is not stored as {f.name}.")
+    if state.get("shape") != list(shape):
+        raise InputError(
+            f"{full}: the weight's shape is {str(state.get('shape'))[:80]}; the model needs {list(shape)}."
+        )
+    dtype = _DTYPES.get(str(state.get("dtype")))
+    if dtype is None:
+        raise InputError(
+            f"{full}: the dtype is {str(state.get('dtype'))[:40]!r}, not one of {', '.join(_DTYPES)}."
+        )
+    weight = f"{name}.weight"
+    _check_map(f"{weight}.quant_map", f, get)
+    stored = get(weight)  # of any dtype: bnb_4bit_quant_storage only changes what the bytes are called
+    codes = _swap_nibbles(stored.contiguous().reshape(-1).view(torch.uint8))
+    scale = _absmax(weight, f, f.groups(shape), state, get)
+    return check_parts(QTensor(f, shape, dtype, {"codes": codes, "scale": scale}))
+
+
+def _check_map(full: str, f: Format, get: Get) -> None:
+    """Raises InputError if the file's map is not the format's: its codes would stand for other values."""
+    theirs, ours = get(full), _map(f)
+    if theirs.dtype != ours.dtype or theirs.shape != ours.shape or not torch.allclose(theirs, ours, 0, 1e-6):
+        raise InputError(f"{full}: its values are not those of {f.name}.")
+
+
+def _absmax(
+    weight: str, f: Format, groups: tuple[int, ...], state: Mapping[str, Any], get: Get
+) -> Tensor | QTensor:
+    """The block constants: float32 (groups,), or codes of them where they are quantized themselves."""
+    nested = f.scale
+    absmax = _typed(
+        f"{weight}.absmax", torch.uint8 if isinstance(nested, Format) else torch.float32, groups, get
+    )
+    if not isinstance(nested, Format):
+        return absmax
+    _check_map(f"{weight}.nested_quant_map", nested, get)
+    outer = _typed(f"{weight}.nested_absmax", torch.float32, nested.groups(groups), get)
+    offset = torch.tensor(float(state["nested_offset"]), dtype=torch.float32)
+    return check_parts(
+        QTensor(nested, groups, torch.float32, {"codes": absmax, "scale": outer, "offset": offset})
+    )
+
+
+def _typed(full: str, dtype: torch.dtype, shape: tuple[int, ...], get: Get) -> Tensor:
+    """A tensor of the file, flat. Raises InputError if it is of another dtype or size."""
+    t = get(full)
+    if t.dtype != dtype or t.numel() != prod(shape):
+        raise InputError(
+            f"{full} should hold {prod(shape)} numbers of {dtype}, not {tuple(t.shape)} {t.dtype}."
+        )
+    return t.reshape(shape)

@@ -1,0 +1,382 @@
+"""Models on disk and in memory: the only importer of transformers' models. A skeleton, its checkpoint, its blocks."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.containers import CONTAINERS, Container, container_for
+from halfbyte.containers.shards import Shards, read_json, sha256_of, write_shards
+from halfbyte.errors import InputError
+from halfbyte.formats import Format
+from halfbyte.layers import Codes, Linear, Op, Weight, ops, swap, weights
+from halfbyte.qtensor import QTensor
+
+
+@dataclass
+class Loaded:
+    """A model whose linear layers and embeddings are ops, with what belongs to it.
+
+    source: what the user named; path: where it was found on this machine; sha256: of its weight files.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    source: str
+    path: Path
+    sha256: str = ""
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+
+def resolve(source: str | Path, revision: str | None = None) -> Path:
+    """A folder or .gguf file as it is; anything of the form owner/name is fetched from the hub (HF_TOKEN, offline
+    mode and cache as the hub library has them). Raises InputError."""
+    path = Path(source)
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or path.suffix in (".gguf", ".safetensors", ".yaml"):
+        raise InputError(f"{source}: there is no such file or folder.")
+    import huggingface_hub
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+        return Path(huggingface_hub.snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+    except Exception as e:
+        reason = str(e).splitlines()[0][:200]
+        raise InputError(f"{source}: no such folder here, and the hub did not give it: {reason}") from None
+
+
+def load(
+    source: str | Path,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    labels: list[str] | None = None,
+    weights: bool = True,
+) -> Loaded:
+    """Reads a Hugging Face folder (plain, or quantized in a layout of CONTAINERS), a hub id or a .gguf file.
+
+    dtype: of the float tensors; None keeps the checkpoint's own (bfloat16 for a gguf file). labels: makes it a
+    classifier of these, with a new head where the checkpoint has none. weights=False leaves all on the meta
+    device (for `inspect` and `plan`). Raises InputError for what cannot be read; nothing is executed from the
+    checkpoint.
+    """
+    path = resolve(source, revision)
+    _quiet()
+    if path.suffix == ".gguf":
+        return _load_gguf(source, path, dtype or torch.bfloat16)
+    if not path.is_dir():
+        raise InputError(f"{path} is neither a model's folder nor a .gguf file.")
+    config = _config(path)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        del config.quantization_config
+    shards = Shards.of_folder(path)
+    model = skeleton(config, labels)
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    config.dtype = dtype
+    names = _names(model, shards, path)
+    if names is None:
+        if quantization is not None:
+            raise InputError(f"{path}: the names of its quantized tensors are not those of {type(model).__name__}.")
+        model = _by_transformers(type(model), path, dtype)
+        swap(model)
+    else:
+        swap(model)
+        checkpoint = Checkpoint(shards, names, quantization)
+        checkpoint.materialize(model, dtype if weights else None)
+    return Loaded(model.eval(), _tokenizer(path), str(source), path, shards.sha256() if weights else "")
+
+
+def _quiet() -> None:
+    """No progress bars of transformers' own: they would mix with ours on standard error."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _config(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    raw = read_json(path / "config.json")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as e:
+        if "auto_map" in raw:
+            raise InputError(
+                f"{path}: its code is in the folder itself (auto_map); halfbyte runs no code from a checkpoint."
+            ) from None
+        raise InputError(f"{path / 'config.json'} cannot be used: {str(e).splitlines()[0][:200]}") from None
+
+
+def skeleton(config: Any, labels: list[str] | None = None) -> nn.Module:
+    """The model of a config with its parameters on the meta device and its buffers real; ties are made."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    if labels is not None:
+        config.num_labels = len(labels)
+        config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
+        cls = transformers.AutoModelForSequenceClassification._model_mapping[type(config)]
+    else:
+        named = getattr(transformers, (getattr(config, "architectures", None) or ["?"])[0], None)
+        mapping = transformers.AutoModelForCausalLM._model_mapping
+        cls = named or (mapping[type(config)] if type(config) in mapping else None)
+    if cls is None:
+        raise InputError(f"transformers has no model class for architectures {config.architectures}.")
+    with init_empty_weights(include_buffers=False):
+        model = cls(config)
+    model.tie_weights()
+    model.generation_config = getattr(model, "generation_config", None)
+    return model
+
+
+def _names(model: nn.Module, shards: Shards, path: Path) -> dict[str, str] | None:
+    """Parameter's name -> its name on disk, without ".weight" for quantized ones told apart later.
+
+    Checkpoints of a bare model lack the base's prefix, or have one more. None if neither way covers the model:
+    then transformers' own loader knows what was renamed.
+    """
+    present = {re.sub(r"\.weight_(packed|scale)$", ".weight", n) for n in shards}
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    groups: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(p), []).append(name)
+    ways = (lambda n: n, lambda n: n.removeprefix(prefix), lambda n: prefix + n)
+    for way in ways:
+        found = {n: way(n) for g in groups.values() for n in g if way(n) in present}
+        missing = [g[0] for g in groups.values() if not any(n in found for n in g)]
+        if all(m.split(".")[0] in ("classifier", "score", "pre_classifier") for m in missing):
+            return found
+    return None
+
+
+def _by_transformers(cls: Any, path: Path, dtype: torch.dtype) -> nn.Module:
+    """The whole model through from_pretrained: for checkpoints whose tensors it renames or fuses."""
+    try:
+        model, info = cls.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    except Exception as e:
+        raise InputError(f"{path} cannot be loaded as {cls.__name__}: {str(e).splitlines()[0][:200]}") from None
+    if info["missing_keys"]:
+        raise InputError(f"{path} lacks weights that {cls.__name__} needs: {', '.join(sorted(info['missing_keys'])[:5])}.")
+    return model
+
+
+def _load_gguf(source: str | Path, path: Path, dtype: torch.dtype) -> Loaded:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with open(path, "rb") as f:
+        if f.read(4) != b"GGUF":
+            raise InputError(f"{path} is not a gguf file: it does not begin with GGUF.")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as e:
+        raise InputError(f"{path} cannot be read as a gguf model: {str(e).splitlines()[0][:200]}") from None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config.dtype = dtype
+    swap(model)
+    return Loaded(model.eval(), tokenizer, str(source), path, sha256_of([path]))
+
+
+def _tokenizer(path: Path) -> Any:
+    """The folder's tokenizer, or None if it has none. Raises InputError for one that is broken."""
+    from transformers import AutoTokenizer
+
+    if not any((path / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as e:
+        raise InputError(f"{path}: its tokenizer cannot be read: {str(e).splitlines()[0][:200]}") from None
+
+
+class Checkpoint:
+    """The tensors of a model on disk, read one at a time; weights come and go by `materialize` and `release`."""
+
+    def __init__(self, shards: Shards, names: Mapping[str, str], quantization: Any = None) -> None:
+        self.shards, self.names = shards, names
+        self.container: Container | None = None
+        self.formats: dict[str, tuple[Format, Format | None]] = {}
+        if quantization is not None:
+            config = quantization if isinstance(quantization, dict) else quantization.to_dict()
+            method = config.get("quant_method", "?")
+            if method not in CONTAINERS:
+                raise InputError(f"weights quantized by {method!r} cannot be read; {', '.join(CONTAINERS)} can.")
+            self.container = CONTAINERS[method]
+            self.formats = self.container.formats(config, set(shards), shards.get)
+
+    def weight(self, module: str, shape: tuple[int, ...]) -> Tensor | QTensor:
+        """What is stored for the weight of a module, in the orientation on disk."""
+        stored = self.names[f"{module}.weight"].removesuffix(".weight")
+        if stored in self.formats:
+            assert self.container is not None
+            return self.container.decode(stored, self.formats[stored][0], shape, self.shards.get)
+        return self._checked(f"{module}.weight", shape)
+
+    def _checked(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        t = self.shards.get(self.names[name])
+        if tuple(t.shape) != tuple(shape):
+            raise InputError(f"{name} has the shape {tuple(t.shape)} on disk; the config makes it {tuple(shape)}.")
+        return t
+
+    def materialize(self, model: nn.Module, dtype: torch.dtype | None, prefix: str = "") -> None:
+        """Reads every parameter under `prefix` that is on the meta device. dtype None reads the codes' formats
+        but keeps the tensors on the meta device."""
+        for name, op in ops(model):
+            if not name.startswith(prefix) or f"{name}.weight" not in self.names:
+                continue
+            if op.weight.device.type == "meta" and not isinstance(op.weight.stored, Codes):
+                self._place(name, op, dtype)
+            if isinstance(op, Linear):
+                op.input = self.formats.get(self.names[f"{name}.weight"].removesuffix(".weight"), (None, None))[1]
+        if dtype is None:
+            return
+        for name, p in list(model.named_parameters()):
+            if p.device.type != "meta" or not name.startswith(prefix):
+                continue
+            owner, _, attribute = name.rpartition(".")
+            if name in self.names:
+                value = self._checked(name, tuple(p.shape)).to(dtype)
+            else:  # a new classification head
+                value = torch.zeros(p.shape, dtype=dtype)
+                if p.ndim > 1:
+                    nn.init.normal_(value, std=getattr(model.config, "initializer_range", 0.02))  # pyright: ignore
+            if attribute == "stored":
+                model.get_submodule(owner).store(value)  # pyright: ignore[reportCallIssue]
+            else:
+                setattr(model.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
+
+    def _place(self, name: str, op: Op, dtype: torch.dtype | None) -> None:
+        shape = tuple(op.weight.shape)
+        value = self.weight(name, shape[::-1] if op.transposed else shape)
+        if isinstance(value, QTensor):
+            op.weight.store(value)
+        elif dtype is not None:
+            op.weight.store((value.T.contiguous() if op.transposed else value).to(dtype))
+
+    def release(self, model: nn.Module, prefix: str) -> None:
+        """Puts the float weights under `prefix` back on the meta device."""
+        for name, op in ops(model):
+            if name.startswith(prefix) and isinstance(op.weight.stored, nn.Parameter):
+                op.weight.store(torch.empty_like(op.weight.stored, device="meta"))
+
+
+def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The model's repeated blocks, in order, by name: the longest ModuleList of one class."""
+    lists = [
+        (name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len({type(c) for c in m}) == 1
+    ]
+    if not lists:
+        return []
+    name, longest = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return [(f"{name}.{i}", m) for i, m in enumerate(longest)]
+
+
+def roles(model: nn.Module) -> dict[str, str]:
+    """Every op's name -> its role (scheme.ROLES). A tied head is a head and an embedding: the embedding rules."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    embeddings = {id(op.weight) for _, op in ops(model) if not isinstance(op, Linear)}
+    out = {}
+    for name, op in ops(model):
+        if id(op.weight) in embeddings:
+            out[name] = "embedding"
+        elif op is head or re.search(r"(^|\.)(lm_head|embed_out|classifier|score|pooler\.dense)(\.|$)", name):
+            out[name] = "head"
+        elif re.search(r"(^|\.)(gate|router|shared_expert_gate)$", name):
+            out[name] = "router"
+        else:
+            out[name] = "conv1d" if op.transposed else "linear"
+    return out
+
+
+def tied(model: nn.Module) -> dict[str, str]:
+    """Op's name -> the name of the op whose weight it shares, for all but the first."""
+    first: dict[int, str] = {}
+    return {n: first[id(o.weight)] for n, o in ops(model) if first.setdefault(id(o.weight), n) != n}
+
+
+def tensors(model: nn.Module, container: Container | None) -> Iterator[tuple[str, Tensor]]:
+    """Everything that is saved, by its Hugging Face name: codes as the container encodes them, floats as they are."""
+    done: set[int] = set()
+    inside: set[str] = set()
+    for name, op in ops(model):
+        inside.add(f"{name}.weight")
+        if id(op.weight) in done:
+            continue
+        done.add(id(op.weight))
+        if isinstance(op.weight.stored, Codes) and not op.weight.adapters:
+            assert container is not None
+            encoded = container.encode(name, op.weight.stored.q, getattr(op, "input", None))
+            yield from encoded.items()
+        else:
+            value = op.weight.value().detach()
+            yield f"{name}.weight", value.T if op.transposed else value
+    for name, m in model.named_modules():
+        if isinstance(m, Weight) or any(f".{part}." in f".{name}." for part in ()) or _within(name, inside):
+            continue
+        for key, p in m.named_parameters(recurse=False):
+            yield f"{name}.{key}" if name else key, p.detach()
+        for key, b in m.named_buffers(recurse=False):
+            if key not in m._non_persistent_buffers_set:
+                yield f"{name}.{key}" if name else key, b
+
+
+def _within(name: str, roots: set[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:i]) in roots for i in range(1, len(parts) + 1))
+
+
+def save(loaded: Loaded, folder: Path) -> Container | None:
+    """Writes config, weights, tokenizer and generation config into an existing folder, as plain transformers
+    (with the container's library, if anything is quantized) reads them. Gives back the container used.
+
+    Raises InputError, before anything is written, if no layout holds the model's formats.
+    """
+    model, role = loaded.model, roles(loaded.model)
+    sites = {n: op for n, op in ops(model) if isinstance(op.weight.stored, Codes) and not op.weight.adapters}
+    container = None
+    config = copy.deepcopy(model.config)
+    if sites:
+        container = container_for({n: (_format(op), role[n]) for n, op in sites.items()})
+        kept = [n for n, op in ops(model) if n not in sites and isinstance(op, Linear)]
+        held = {n: (op.weight.frozen(), getattr(op, "input", None)) for n, op in sites.items()}
+        config.quantization_config = container.config(held, kept)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    write_shards(folder, tensors(model, container))
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)  # pyright: ignore
+    if loaded.tokenizer is not None:
+        loaded.tokenizer.save_pretrained(folder)
+    return container
+
+
+def _format(op: Op) -> Format:
+    assert op.weight.format is not None
+    return op.weight.format
+
+
+def nbytes(items: Iterable[Weight | Tensor]) -> int:
+    """Bytes that weights and tensors take in memory."""
+    total = 0
+    for item in items:
+        if isinstance(item, Weight):
+            total += item.stored.q.nbytes if isinstance(item.stored, Codes) else item.stored.nbytes
+        else:
+            total += item.nbytes
+    return total
+
+
+__all__ = ["Checkpoint", "Loaded", "blocks", "load", "nbytes", "resolve", "roles", "save", "skeleton", "tensors", "tied", "weights"]
