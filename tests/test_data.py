@@ -92,7 +92,7 @@ TEMPLATES = {
     "mistral": (MISTRAL, " ", "</s>"),
     "gemma": (GEMMA, "", "<end_of_turn>"),
     "zephyr": (ZEPHYR, "", "<|im_end|>"),
-    "plain": (PLAIN, "", "\n"),
+    "plain": (PLAIN, " ", "\n"),
 }
 SYSTEM = {"role": "system", "content": "Be brief."}
 CONVERSATIONS = {
@@ -100,7 +100,7 @@ CONVERSATIONS = {
     "several turns": [("Hi", "Hello!"), ("And now?", "Nothing.\n\nReally."), ("Bye", "Bye")],
     "unicode": [("Grüße 👋🏽", "Žluťoučký kůň 🐎 — 日本語"), ("e\u0301?", "👩‍👩‍👧 \u200b.")],
     "empty": [("", ""), ("Say nothing.", "")],
-    "white space": [("x", "\n  indented\n"), ("y", " \n")],
+    "white space": [("x", "a:\n\n  indented\n"), ("y", "b \n")],
     "code": [("Write f.", "```python\ndef f():\n    return '<b>'\n```")],
 }
 
@@ -398,15 +398,20 @@ def test_what_the_assistant_writes_is_trained(smollm2_tokenizer, name, turns, sy
     data = encode(records([{"messages": messages}]), tokenizer, 4096)
     trims = name in {"llama3", "gemma"}
     expected = [lead + (answer.strip() if trims else answer) + end for _, answer in turns]
-    if (
-        name == "plain"
-    ):  # its empty answers leave a bare line break, which is then the header's or the next turn's
+    if name == "plain":  # the line break after an empty answer is not told from white space
         expected = [text for text in expected if text.strip()]
         if not expected:
             return
     assert trained_text(data, tokenizer)[: len(expected)] == expected
     whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
     assert data.rows[0].input_ids.tolist() == whole
+
+
+def test_a_token_that_is_half_header_is_trained(smollm2_tokenizer):
+    messages = conversation([("x", "\n  indented")])
+    data = encode(records([{"messages": messages}]), smollm2_tokenizer, 64)
+    # "\n\n " is one token, and its first line break belongs to the header
+    assert trained_text(data, smollm2_tokenizer) == ["\n\n  indented<|im_end|>"]
 
 
 def test_everything_is_trained_on_request(smollm2_tokenizer):

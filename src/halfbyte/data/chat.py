@@ -94,12 +94,9 @@ def _targets(
     text: str, spans: list[Span], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[bool]]:
     tokens = _tokens(text, tokenizer, return_offsets_mapping=True)
-    # A token that begins before the span is no target: the header's tokens are given when the model
-    # generates, so it will never be asked for a token that is half header. `b > start` leaves out the last
-    # white space of a header where a tokenizer gives white space the empty offset (start, start).
-    targets = [
-        any(start <= a < end and b > start for start, end in spans) for a, b in tokens["offset_mapping"]
-    ]
+    # A token that is half header, such as " Hello" where the header ends with a space, is a target too: the
+    # assistant's first word is in it. transformers takes overlapping tokens for {% generation %} as well.
+    targets = [any(a < end and b > start for start, end in spans) for a, b in tokens["offset_mapping"]]
     return tokens["input_ids"], targets
 
 

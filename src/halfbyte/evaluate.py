@@ -1,0 +1,200 @@
+"""The ledger: what a model loses against a reference, on text that it was not trained on, with errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from halfbyte.data import Batch, Dataset, Record, encode_choices, eval_batches, label_choices
+from halfbyte.errors import BudgetExceeded, InputError
+
+CONTEXT = 512  # tokens: pinned, so that numbers compare
+_RESAMPLES = 2000
+
+
+@dataclass
+class Row:
+    """One line of the ledger. Errors are standard errors; the interval is 95%; all are bootstrapped over windows
+    (records, for tasks), which are what is independent. None where there is no reference, or no labels."""
+
+    perplexity: float | None = None
+    perplexity_error: float | None = None
+    loss: float | None = None
+    loss_difference: float | None = None
+    loss_difference_low: float | None = None
+    loss_difference_high: float | None = None
+    kl_mean: float | None = None
+    kl_error: float | None = None
+    kl_p99: float | None = None
+    top1_agreement: float | None = None
+    top1_error: float | None = None
+    accuracy: float | None = None
+    accuracy_error: float | None = None
+    tokens: int = 0
+    windows: int = 0
+    context: int = CONTEXT
+    bytes: int = 0
+    bits_per_weight: float | None = None
+    conventions: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Reference:
+    """A model's float32 logits on the batches of one data set; kept, while they fit, for the next stage.
+
+    keep: bytes of memory they may take; what does not fit is computed again each time.
+    """
+
+    def __init__(self, model: nn.Module, keep: int = 0) -> None:
+        self.model, self.keep = model.eval(), keep
+        self._kept: dict[int, Tensor] = {}
+
+    def log_probs(self, i: int, batch: Batch) -> Tensor:
+        """(targets, vocabulary) float32 of the i-th batch."""
+        if i in self._kept:
+            return self._kept[i]
+        out = _log_probs(self.model, batch)
+        if self.keep >= out.nbytes:
+            self._kept[i], self.keep = out, self.keep - out.nbytes
+        return out
+
+
+def _log_probs(model: nn.Module, batch: Batch) -> Tensor:
+    """(targets, vocabulary) float32, rows of the batch one after the other."""
+    logits = model(**batch.inputs).logits[:, :-1]
+    return F.log_softmax(logits[batch.labels[:, 1:] != -100].float(), -1)
+
+
+@torch.inference_mode()
+def measure(
+    model: nn.Module,
+    dataset: Dataset,
+    reference: Reference | None = None,
+    batch_size: int = 4,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> Row:
+    """Perplexity and, with a reference, KL(reference || model), top-1 agreement and the paired loss difference.
+
+    Only the data set's targets count: all tokens but the first of a window of text; completions, for tasks.
+    Logits are taken in each model's own dtype and compared in float32; every row counts by its tokens.
+    """
+    model.eval()
+    found: dict[str, list[Tensor]] = {"nll": [], "kl": [], "same": [], "base": []}
+    owner: list[Tensor] = []
+    total = -(-len(dataset) // batch_size)
+    for i, batch in enumerate(eval_batches(dataset, batch_size, 0)):
+        ours = _log_probs(model, batch)
+        wanted = batch.labels[:, 1:] != -100
+        labels = batch.labels[:, 1:][wanted][:, None]
+        owner.append(wanted.nonzero()[:, 0] + i * batch_size)
+        found["nll"].append(-ours.gather(1, labels)[:, 0])
+        if reference is not None:
+            theirs = reference.log_probs(i, batch)
+            if theirs.shape != ours.shape:
+                raise InputError(f"the reference has {theirs.shape[1]} tokens in its vocabulary, the model {ours.shape[1]}.")
+            found["base"].append(-theirs.gather(1, labels)[:, 0])
+            found["same"].append((ours.argmax(1) == theirs.argmax(1)).float())
+            found["kl"].append(F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1))
+        on_batch(i + 1, total)
+    values = {k: torch.cat(v).double() for k, v in found.items() if v}
+    return _row(values, torch.cat(owner), dataset)
+
+
+def _row(values: dict[str, Tensor], owner: Tensor, dataset: Dataset) -> Row:
+    """Token values -> means, and errors from resampling whole windows."""
+    windows = len(dataset)
+    count = torch.zeros(windows, dtype=torch.double).index_add_(0, owner, torch.ones(len(owner), dtype=torch.double))
+    picks = torch.randint(windows, (_RESAMPLES, windows), generator=torch.Generator().manual_seed(0))
+
+    def resampled(v: Tensor) -> Tensor:
+        sums = torch.zeros(windows, dtype=torch.double).index_add_(0, owner, v)
+        return sums[picks].sum(1) / count[picks].sum(1).clamp(min=1)
+
+    def error(v: Tensor) -> float | None:
+        return resampled(v).std().item() if windows > 1 else None
+
+    nll = values["nll"]
+    loss = nll.mean().item()
+    spread = error(nll)
+    row = Row(perplexity=nll.mean().exp().item(), loss=loss, tokens=len(nll), windows=windows)
+    row.perplexity_error = None if spread is None else row.perplexity * spread  # pyright: ignore
+    row.conventions = (
+        f"records joined by the end-of-text token, windows of {max(len(r) for r in dataset.rows)} that do not overlap"
+        if dataset.kind == "text"
+        else "each record alone; only its completion counts"
+    )
+    if "kl" in values:
+        difference = nll - values["base"]
+        row.loss_difference = difference.mean().item()
+        if windows > 1:
+            low, high = resampled(difference).quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+            row.loss_difference_low, row.loss_difference_high = low, high
+        row.kl_mean, row.kl_error = values["kl"].mean().item(), error(values["kl"])
+        row.kl_p99 = values["kl"].quantile(0.99).item() if len(nll) < 1 << 24 else None
+        row.top1_agreement, row.top1_error = values["same"].mean().item(), error(values["same"])
+        row.conventions += "; float32 logits of the reference"
+    return row
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, records: Sequence[Record], tokenizer: Any, max_length: int = CONTEXT) -> tuple[float, float]:
+    """Share of labelled records whose own label is the likeliest, and its standard error.
+
+    Causal models: the sum of the log-probabilities of a label's tokens, divided by their number.
+    """
+    labels = label_choices(records)
+    right = []
+    for record in records:
+        scores = [_likelihood(model, ids, mask) for ids, mask in encode_choices(record, labels, tokenizer, max_length)]
+        right.append(labels[int(torch.stack(scores).argmax())] == str(record["label"]))
+    share = sum(right) / len(right)
+    return share, (share * (1 - share) / len(right)) ** 0.5
+
+
+def _likelihood(model: nn.Module, ids: Any, mask: Any) -> Tensor:
+    ids, mask = torch.as_tensor(ids)[None], torch.as_tensor(mask, dtype=torch.bool)
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1][mask[1:]].float()
+    return F.log_softmax(logits, -1).gather(1, ids[0, 1:][mask[1:]][:, None]).mean()
+
+
+@torch.inference_mode()
+def classification(model: nn.Module, dataset: Dataset, batch_size: int = 8) -> Row:
+    """Accuracy and loss of a classification head."""
+    right, losses = [], []
+    for batch in eval_batches(dataset, batch_size, 0):
+        logits = model(**batch.inputs).logits.float()
+        right.append((logits.argmax(1) == batch.labels).double())
+        losses.append(F.cross_entropy(logits, batch.labels, reduction="none").double())
+    hit, loss = torch.cat(right), torch.cat(losses)
+    share = hit.mean().item()
+    error = (share * (1 - share) / len(hit)) ** 0.5
+    return Row(accuracy=share, accuracy_error=error, loss=loss.mean().item(), tokens=dataset.tokens, windows=len(hit))
+
+
+def check_budget(row: Row, max_kl: float | None, max_loss: float | None) -> None:
+    """Raises BudgetExceeded if the mean KL or the loss is above what the user allows, InputError if it cannot be
+    known without a reference."""
+    if max_kl is not None:
+        if row.kl_mean is None:
+            raise InputError("--max-kl needs a reference: add --against MODEL.")
+        if not row.kl_mean <= max_kl:
+            raise BudgetExceeded(f"mean KL {row.kl_mean:.4f} is above --max-kl {max_kl}.")
+    if max_loss is not None and not (row.loss or 0.0) <= max_loss:
+        raise BudgetExceeded(f"loss {row.loss:.4f} is above --max-loss {max_loss}.")
+
+
+def write_ledger(folder: Path, stage: str, row: dict[str, Any]) -> None:
+    """Adds a line to ledger.json in a model's folder: a list of objects, one a stage."""
+    file = folder / "ledger.json"
+    rows = json.loads(file.read_text()) if file.exists() else []
+    rows.append({"stage": stage, **row})
+    file.write_text(json.dumps(rows, indent=1) + "\n")
