@@ -304,6 +304,8 @@ def test_completion_is_trained_and_the_prompt_is_not(smollm2_tokenizer):
     st.booleans(),
 )
 def test_no_trained_token_is_dropped(smollm2_tokenizer, pairs, length, packing):
+    # Q, since SmolLM2 has no token at all for some control characters, and a lone end of text is not trained
+    pairs = [("Q" + prompt, completion) for prompt, completion in pairs]
     found = records([{"prompt": p, "completion": c} for p, c in pairs])
     data = encode(found, smollm2_tokenizer, length, packing=packing, completion_only_loss=False)
     plain = [

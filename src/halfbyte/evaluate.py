@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halfbyte.data import Batch, Dataset, Record, encode_choices, eval_batches, label_choices
+from halfbyte.data import Row as EncodedRow
 from halfbyte.errors import BudgetExceeded, InputError
 
 CONTEXT = 512  # tokens: pinned, so that numbers compare
@@ -147,23 +148,25 @@ def _row(values: dict[str, Tensor], owner: Tensor, dataset: Dataset) -> Row:
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, records: Sequence[Record], tokenizer: Any, max_length: int = CONTEXT) -> tuple[float, float]:
-    """Share of labelled records whose own label is the likeliest, and its standard error.
-
-    Causal models: the sum of the log-probabilities of a label's tokens, divided by their number.
-    """
+    """Share of labelled records whose own label a causal model finds likeliest, and the share's standard error."""
     labels = label_choices(records)
     right = []
     for record in records:
-        scores = [_likelihood(model, ids, mask) for ids, mask in encode_choices(record, labels, tokenizer, max_length)]
-        right.append(labels[int(torch.stack(scores).argmax())] == str(record["label"]))
-    share = sum(right) / len(right)
+        scores = [_likelihood(model, row) for row in encode_choices(record, labels, tokenizer, max_length)]
+        right.append(labels[int(torch.stack(scores).argmax())] == record["label"])
+    return share_and_error(torch.tensor(right).double())
+
+
+def _likelihood(model: nn.Module, row: EncodedRow) -> Tensor:
+    """Log-probability of a row's targets."""
+    logits = model(input_ids=row.input_ids[None], use_cache=False).logits[0, :-1][row.targets[1:]].float()
+    return F.log_softmax(logits, -1).gather(1, row.input_ids[1:][row.targets[1:]][:, None]).sum()
+
+
+def share_and_error(right: Tensor) -> tuple[float, float]:
+    """The mean of zeros and ones, and its standard error."""
+    share = right.mean().item()
     return share, (share * (1 - share) / len(right)) ** 0.5
-
-
-def _likelihood(model: nn.Module, ids: Any, mask: Any) -> Tensor:
-    ids, mask = torch.as_tensor(ids)[None], torch.as_tensor(mask, dtype=torch.bool)
-    logits = model(input_ids=ids, use_cache=False).logits[0, :-1][mask[1:]].float()
-    return F.log_softmax(logits, -1).gather(1, ids[0, 1:][mask[1:]][:, None]).mean()
 
 
 @torch.inference_mode()
@@ -175,8 +178,7 @@ def classification(model: nn.Module, dataset: Dataset, batch_size: int = 8) -> R
         right.append((logits.argmax(1) == batch.labels).double())
         losses.append(F.cross_entropy(logits, batch.labels, reduction="none").double())
     hit, loss = torch.cat(right), torch.cat(losses)
-    share = hit.mean().item()
-    error = (share * (1 - share) / len(hit)) ** 0.5
+    share, error = share_and_error(hit)
     return Row(accuracy=share, accuracy_error=error, loss=loss.mean().item(), tokens=dataset.tokens, windows=len(hit))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import InputError
-from halfbyte.formats import Float8, Format, Integers, Table
+from halfbyte.formats import SOURCE, Float8, Format, Integers, Table
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -186,3 +186,17 @@ def check_parts(q: QTensor) -> QTensor:
         if name in q.parts and tuple(q.parts[name].shape) != groups:
             raise InputError(f"{f.name} of shape {q.shape} needs a {name} of shape {groups}, not {q.parts[name].shape}.")
     return q
+
+
+def stored_bytes(f: Format, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes that a tensor of this shape and source dtype takes in a format: QTensor.nbytes, beforehand."""
+    groups = f.groups(shape)
+    n = -(-prod(shape) * f.bits // 8) if f.flat else prod(shape[:-1]) * -(-shape[-1] * f.bits // 8)
+
+    def part(how: str | Format) -> int:
+        if isinstance(how, Format):
+            return stored_bytes(how, groups, torch.float32)
+        return prod(groups) * (dtype if how == SOURCE else getattr(torch, how)).itemsize
+
+    zero = 0 if f.zero is None else prod(groups) if f.zero == "integer" else part(f.zero)
+    return n + part(f.scale) + zero + (4 if f.center else 0)

@@ -10,7 +10,7 @@ from halfbyte import kernels
 from halfbyte.errors import InputError
 from halfbyte.formats import FORMATS, Format, Integers, Table, parse
 from halfbyte.kernels.rounding import normalize, round_to_grid
-from halfbyte.qtensor import QParams, QTensor, decode, grouped, pack
+from halfbyte.qtensor import QParams, QTensor, decode, grid_values, grouped, pack, ungrouped
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 dtypes = st.sampled_from(DTYPES)
@@ -86,7 +86,7 @@ def test_fake_is_dequantize_of_quantize_for_the_grammar(name, data):
 def test_integers_hold_zero(name, data):
     f = parse(name)
     w = data.draw(tensors(f)).clone()
-    w[torch.rand(w.shape) < 0.3] = 0
+    w[..., ::3] = 0
     out = kernels.quantize(w, f).dequantize()
     assert (out[w == 0] == 0).all()
 
@@ -102,12 +102,10 @@ def test_inside_the_range_the_error_is_half_a_step(name, data):
     _, inside = round_to_grid(x, f, p.zero)
     rows = decode(q.codes, f, p)
     step = p.scale.abs().reshape(-1, 1)
-    # one rounding of the quotient, one of the product, one of a float zero
-    slack = 1e-6 * (
-        grouped(w, f).abs() + (0 if p.zero is None or f.zero == "integer" else p.zero.abs().reshape(-1, 1))
-    )
-    # an integer zero point shifts the whole grid: what counts is the distance that was rounded
-    assert ((rows - grouped(w, f)).abs() <= step * 0.500001 + slack)[inside].all()
+    zero = 0 if p.zero is None or f.zero == "integer" else p.zero.abs().reshape(-1, 1)
+    slack = 1e-6 * (grouped(w, f).abs() + zero)  # the quotient and the product are rounded too
+    near = (rows - grouped(w, f)).abs() <= step * 0.500001 + slack
+    assert near[inside & (step > 0)].all()  # a tiny scale may be 0 once it is fp16
 
 
 @given(st.sampled_from([n for n in FORMATS if isinstance(FORMATS[n].grid, Table)]), st.data())
@@ -118,9 +116,10 @@ def test_a_table_gives_the_nearest_value(name, data):
     assume(w.numel() == 0 or w.abs().max() > 1e-20)
     q = kernels.quantize(w, f)
     x = normalize(grouped(w, f), f, q.qparams)
-    got = normalize(decode(q.codes, f, q.qparams), f, q.qparams)
     nearest = (x[..., None] - f.grid.codebook).abs().amin(-1)
-    assert ((x - got).abs() <= nearest + 1e-6).all()
+    off = (x - grid_values(round_to_grid(x, f, None)[0], f)).abs()
+    assert (off <= nearest + 1e-6).all()
+    assert torch.equal(ungrouped(round_to_grid(x, f, None)[0], tuple(w.shape)), q.codes)
 
 
 @pytest.mark.parametrize("name", list(FORMATS))
@@ -198,7 +197,7 @@ def test_gradients_are_those_of_the_papers(name):
     "name", ["int4-g8", "uint4-g8", "q4_1", "nf4-g64", "fp8-e4m3-channel", "fp4-e2m1-g32"]
 )
 def test_the_scale_gradient_is_that_of_the_value_with_the_codes_held(name):
-    """d(dequantized)/d(scale) by finite differences, less the quotient that the straight-through term takes off."""
+    """By finite differences of the value, less the quotient that the straight-through term takes off."""
     f = parse(name)
     w = torch.randn(4, 64)
     p = kernels.qparams(w, f, "minmax")
@@ -281,10 +280,16 @@ def test_nf4_and_fp4_are_those_of_bitsandbytes(kind, block, shape, dtype, seed, 
     q = kernels.quantize(w, f"{kind}-g{block}" if kind == "nf4" else f"fp4-bnb-g{block}")
     packed, state = quantize_4bit(w, blocksize=block, quant_type=kind)
     assert torch.equal(q.parts["scale"], state.absmax)
-    assert torch.equal(q.codes.flatten(), their_codes(packed, w.numel()))
-    if (
-        w.ndim > 1 and shape[-1] % 2 == 0
-    ):  # its own kernel; others go through torch.compile, which is slow here
+    ours, theirs = q.codes.flatten(), their_codes(packed, w.numel())
+    whole = w.numel() // block * block
+    assert torch.equal(ours[:whole], theirs[:whole])
+    # In a last, short block it divides on a CPU where its kernels multiply: halfway between two values
+    # either may come.
+    x = w.flatten()[whole:].float() / state.absmax[-1]
+    off = [(x - q.format.grid.codebook[c[whole:].int()]).abs() for c in (ours, theirs)]
+    torch.testing.assert_close(off[0], off[1], rtol=0, atol=1e-6)
+    # Elsewhere its own kernel for AVX-512 takes the constants by rows, not by blocks.
+    if w.ndim > 1 and shape[-1] % block == 0:
         assert torch.equal(q.dequantize(), dequantize_4bit(packed, state))
 
 

@@ -49,8 +49,14 @@ def refuses(f: Format, role: str) -> str | None:
 
 
 def encode(name: str, q: QTensor, input: Format | None = None) -> dict[str, Tensor]:
-    """See Container. Codes and constants unchanged."""
+    """See Container. Codes and constants unchanged. Raises InputError for rows that are no whole blocks."""
     f, kind = q.format, _type(q.format)
+    if q.shape[-1] % int(f.group):
+        # bitsandbytes 0.50 takes constants by rows there on CPUs with AVX-512, and multiplies with wrong ones
+        raise InputError(
+            f"{name}: its {q.shape[-1]} inputs are no multiple of {f.group}, and bitsandbytes reads that wrongly "
+            f"on some CPUs; choose a smaller block than that of {f.name}, or keep this weight."
+        )
     state: dict[str, Any] = {
         "quant_type": kind,
         "blocksize": f.group,

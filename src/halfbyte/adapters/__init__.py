@@ -1,0 +1,83 @@
+"""What is added to a weight. An adapter is a file here and a row in ADAPTERS."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from halfbyte.adapters.lora import Lora
+from halfbyte.errors import InputError
+from halfbyte.layers import Linear, Weight, ops
+
+
+class Adapter(Protocol):
+    """An nn.Module with these; made from a Weight and keyword settings, computing nothing at first."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """y, the product of x (..., in) with what is stored, to which the adapter adds its own."""
+        ...
+
+    def delta(self) -> Tensor:
+        """What is added to the stored value: float32 (out, in), differentiable."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that are saved, by PEFT's names: "lora_A.weight" ..."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """The keyword settings, by PEFT's names, that make it anew; with `peft_type`."""
+        ...
+
+
+ADAPTERS: dict[str, Callable[..., nn.Module]] = {"lora": Lora}
+NAME = "default"  # PEFT's name for the only adapter
+
+
+def targets(model: nn.Module, roles: Mapping[str, str], target_modules: str | list[str] = "all-linear") -> list[str]:
+    """Names of the ops that get an adapter, by PEFT's rules: "all-linear" (all but the head and routers), a
+    regular expression for the whole name, or a list of names or name endings. Raises InputError if none is met."""
+    names = [n for n, op in ops(model) if isinstance(op, Linear)]
+    if target_modules == "all-linear":
+        found = [n for n in names if roles[n] in ("linear", "conv1d")]
+    elif isinstance(target_modules, str):
+        try:
+            found = [n for n in names if re.fullmatch(target_modules, n)]
+        except re.error as e:
+            raise InputError(f"--target-modules {target_modules!r} is no regular expression: {e}.") from None
+    else:
+        found = [n for n in names if any(n == t or n.endswith(f".{t}") for t in target_modules)]
+        if unmet := [t for t in target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]:
+            raise InputError(f"--target-modules: no linear layer is named {', '.join(unmet)}; {_endings(names)}.")
+    if not found:
+        raise InputError(f"--target-modules {target_modules!r} meets no linear layer; {_endings(names)}.")
+    return found
+
+
+def _endings(names: list[str]) -> str:
+    return f"this model has {', '.join(sorted({n.rpartition('.')[2] for n in names}))}"
+
+
+def attach(model: nn.Module, names: list[str], kind: str = "lora", **settings: Any) -> dict[str, Weight]:
+    """Adds an adapter of a kind in ADAPTERS to the weights of the named ops. Returns them by op's name."""
+    if kind not in ADAPTERS:
+        raise InputError(f"there is no adapter {kind!r}; those are {', '.join(ADAPTERS)}.")
+    by_name = dict(ops(model))
+    met = {name: by_name[name].weight for name in names}
+    for weight in met.values():
+        weight.adapters[NAME] = ADAPTERS[kind](weight, **settings)
+    return met
+
+
+def attached(model: nn.Module) -> dict[str, Any]:
+    """Op's name -> its adapter, for the first op of each weight that has one."""
+    seen: set[int] = set()
+    out: dict[str, Any] = {}
+    for name, op in ops(model):
+        if op.weight.adapters and id(op.weight) not in seen:
+            seen.add(id(op.weight))
+            out[name] = op.weight.adapters[NAME]
+    return out

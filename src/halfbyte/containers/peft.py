@@ -1,0 +1,80 @@
+"""PEFT's adapter folder: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from halfbyte.containers.shards import Shards, read_json
+from halfbyte.errors import InputError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# What PEFT writes that changes what an adapter computes, and the value that means it does not.
+_NEUTRAL: dict[str, Any] = {
+    "bias": "none", "use_dora": False, "lora_bias": False, "use_qalora": False, "megatron_config": None,
+    "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "layer_replication": None,
+    "trainable_token_indices": None, "target_parameters": None, "alora_invocation_tokens": None,
+    "corda_config": None, "arrow_config": None, "exclude_modules": None, "layers_to_transform": None,
+}  # fmt: skip
+_SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora")
+
+
+def write(
+    folder: Path, adapters: Mapping[str, Mapping[str, Tensor]], settings: Mapping[str, Any], base: str,
+    linear_names: list[str], task_type: str = "CAUSAL_LM", fan_in_fan_out: bool = False,
+) -> None:  # fmt: skip
+    """adapters: op's name -> tensors by PEFT's names. linear_names: all linear layers of the model, to tell
+    whether the short endings that PEFT users expect in target_modules meet just these."""
+    endings = sorted({n.rpartition(".")[2] for n in adapters})
+    met = [n for n in linear_names if n.rpartition(".")[2] in endings]
+    config = {
+        **_NEUTRAL,
+        **settings,
+        "base_model_name_or_path": base,
+        "target_modules": endings if sorted(met) == sorted(adapters) else sorted(adapters),
+        "task_type": task_type,
+        "fan_in_fan_out": fan_in_fan_out,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    flat = {f"{_PREFIX}{n}.{key}": t.cpu().contiguous() for n, ts in adapters.items() for key, t in ts.items()}
+    save_file(flat, str(folder / WEIGHTS), metadata={"format": "pt"})
+
+
+def read(folder: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """The base's name, the settings, and op's name -> tensors by PEFT's names.
+
+    Raises InputError for an adapter that is no LoRA, or that needs something of PEFT's which is not known here.
+    """
+    config = read_json(folder / CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{folder / CONFIG}: peft_type {config.get('peft_type')!r} is not known; LORA is.")
+    for key, neutral in _NEUTRAL.items():
+        if config.get(key, neutral) not in (neutral, None):
+            raise InputError(f"{folder / CONFIG}: {key}={config[key]!r} is not known to halfbyte.")
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise InputError(f"{folder / CONFIG}: base_model_name_or_path is missing.")
+    settings = {k: config[k] for k in _SETTINGS if k in config}
+    wrong = [k for k, v in settings.items() if not isinstance(v, int | float)]
+    if wrong or not isinstance(settings.get("r"), int):
+        raise InputError(f"{folder / CONFIG}: {(wrong or ['r'])[0]} should be a number.")
+    if not (folder / WEIGHTS).exists():
+        raise InputError(f"{folder / WEIGHTS} is missing; adapters in pickle files are not read.")
+    shards = Shards([folder / WEIGHTS])
+    out: dict[str, dict[str, Tensor]] = {}
+    for name in shards:
+        stem, _, key = name.removeprefix(_PREFIX).rpartition(".lora_")
+        if not name.startswith(_PREFIX) or key not in ("A.weight", "B.weight"):
+            raise InputError(f"{folder / WEIGHTS}: the tensor {name!r} is not known to halfbyte.")
+        out.setdefault(stem, {})[f"lora_{key}"] = shards.get(name)
+    if bad := [n for n, t in out.items() if len(t) != 2]:
+        raise InputError(f"{folder / WEIGHTS}: {bad[0]} lacks lora_A or lora_B.")
+    return base, settings, out
