@@ -30,9 +30,7 @@ from halfbyte.data import (
 from halfbyte.errors import InputError
 
 EOS = 2  # <|im_end|>, which is SmolLM2's padding too
-RELAXED = settings(
-    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+RELAXED = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
@@ -308,9 +306,7 @@ def test_no_trained_token_is_dropped(smollm2_tokenizer, pairs, length, packing):
     pairs = [("Q" + prompt, completion) for prompt, completion in pairs]
     found = records([{"prompt": p, "completion": c} for p, c in pairs])
     data = encode(found, smollm2_tokenizer, length, packing=packing, completion_only_loss=False)
-    plain = [
-        smollm2_tokenizer(text, add_special_tokens=False)["input_ids"] for pair in pairs for text in pair
-    ]
+    plain = [smollm2_tokenizer(text, add_special_tokens=False)["input_ids"] for pair in pairs for text in pair]
     whole = sorted(token for ids in plain for token in ids) + [EOS] * len(pairs)
     kept = [token for row in data.rows for token in row.input_ids.tolist()]
     assert sorted(kept) == sorted(whole)
@@ -355,10 +351,7 @@ def test_special_tokens_begin_a_prompt_and_never_end_it(smollm2_tokenizer):
     data = encode(records([{"prompt": "Hello", "completion": " you"}]), tokenizer, 16)
     assert tokenizer.decode(data.rows[0].input_ids) == "<|endoftext|>Hello you<|im_end|>"
     record = records([{"text": "a b c d e f", "label": "x"}])[0]
-    assert (
-        tokenizer.decode(encode_choices(record, ["x"], tokenizer, 5)[0].input_ids)
-        == "<|endoftext|> e f x<|im_end|>"
-    )
+    assert tokenizer.decode(encode_choices(record, ["x"], tokenizer, 5)[0].input_ids) == "<|endoftext|> e f x<|im_end|>"
 
 
 def test_nothing_to_train_is_an_error(smollm2_tokenizer):
@@ -512,10 +505,7 @@ def test_classification(smollm2_tokenizer):
 
 def rows_of(*lengths):
     return Dataset(
-        [
-            Row(torch.full((n,), 10 + n), torch.arange(n) > 0, torch.zeros(n, dtype=torch.long))
-            for n in lengths
-        ],
+        [Row(torch.full((n,), 10 + n), torch.arange(n) > 0, torch.zeros(n, dtype=torch.long)) for n in lengths],
         "text",
         "",
     )
@@ -537,9 +527,7 @@ def test_the_stream_is_resumable_and_fair(size, batch_size, start, seed):
 
 def test_orders_differ_by_epoch_and_seed():
     data = rows_of(*range(2, 34))
-    first, second = (
-        b.input_ids[:, 0].tolist() for b in itertools.islice(batches(data, 32, seed=1, pad_token_id=0), 2)
-    )
+    first, second = (b.input_ids[:, 0].tolist() for b in itertools.islice(batches(data, 32, seed=1, pad_token_id=0), 2))
     assert first != second
     assert first != next(batches(data, 32, seed=2, pad_token_id=0)).input_ids[:, 0].tolist()
 
@@ -667,7 +655,4 @@ def test_packing_wastes_little_and_breaks_no_sample(smollm2_tokenizer):
 def test_sha256_of_a_file_and_of_its_records(tmp_path, smollm2_tokenizer):
     data = [{"text": "Straße one"}, {"text": "two"}]
     path = write(tmp_path / "a.jsonl", *(json.dumps(d) for d in data))
-    assert (
-        windows(read_records(path), smollm2_tokenizer).sha256
-        == windows(records(data), smollm2_tokenizer).sha256
-    )
+    assert windows(read_records(path), smollm2_tokenizer).sha256 == windows(records(data), smollm2_tokenizer).sha256

@@ -15,9 +15,7 @@ from halfbyte.qtensor import QTensor, check_parts, grouped, pack, ungrouped, unp
 
 @given(st.integers(2, 8), st.integers(0, 70), st.lists(st.integers(0, 3), max_size=2), st.integers(0, 2**32))
 def test_unpack_is_the_inverse_of_pack(bits, n, leading, seed):
-    codes = torch.randint(
-        0, 1 << bits, (*leading, n), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
-    )
+    codes = torch.randint(0, 1 << bits, (*leading, n), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     packed = pack(codes, bits)
     assert packed.dtype == torch.uint8
     assert packed.is_contiguous()

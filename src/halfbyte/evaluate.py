@@ -101,7 +101,9 @@ def measure(
         if reference is not None:
             theirs = reference.log_probs(i, batch)
             if theirs.shape != ours.shape:
-                raise InputError(f"the reference has {theirs.shape[1]} tokens in its vocabulary, the model {ours.shape[1]}.")
+                raise InputError(
+                    f"the reference has {theirs.shape[1]} tokens in its vocabulary, the model {ours.shape[1]}."
+                )
             found["base"].append(-theirs.gather(1, labels)[:, 0])
             found["same"].append((ours.argmax(1) == theirs.argmax(1)).float())
             found["kl"].append(F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1))
@@ -147,7 +149,9 @@ def _row(values: dict[str, Tensor], owner: Tensor, dataset: Dataset) -> Row:
 
 
 @torch.inference_mode()
-def accuracy(model: nn.Module, records: Sequence[Record], tokenizer: Any, max_length: int = CONTEXT) -> tuple[float, float]:
+def accuracy(
+    model: nn.Module, records: Sequence[Record], tokenizer: Any, max_length: int = CONTEXT
+) -> tuple[float, float]:
     """Share of labelled records whose own label a causal model finds likeliest, and the share's standard error."""
     labels = label_choices(records)
     right = []

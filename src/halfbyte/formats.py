@@ -105,7 +105,7 @@ class Format:
     grid: Grid
     group: int | str
     scale: str | Format = SOURCE
-    zero: None | str | Format = None
+    zero: str | Format | None = None
     flat: bool = False
     center: bool = False
     search: str = "minmax"
@@ -190,10 +190,22 @@ _FIXED = [
     Format("q4_0", Integers(4), 32, "float16", search="mse"),
     Format("q4_1", Integers(4, signed=False), 32, "float16", zero="float16", search="mse"),
     Format("q8_0", Integers(8), 32, "float16", search="mse"),
-    Format("q4_k", Integers(4, signed=False), 32, _super_block("q4_k-scales"), zero=_super_block("q4_k-mins"), search="mse"),
+    Format(
+        "q4_k",
+        Integers(4, signed=False),
+        32,
+        _super_block("q4_k-scales"),
+        zero=_super_block("q4_k-mins"),
+        search="mse",
+    ),
     # OCP microscaling and NVIDIA's variant of it
     Format("mxfp4", Table(_E2M1, ties="even"), 32, "float8_e8m0fnu"),
-    Format("nvfp4", Table(_E2M1, ties="even"), 16, Format("nvfp4-scales", Float8(torch.float8_e4m3fn), "tensor", "float32")),
+    Format(
+        "nvfp4",
+        Table(_E2M1, ties="even"),
+        16,
+        Format("nvfp4-scales", Float8(torch.float8_e4m3fn), "tensor", "float32"),
+    ),
 ]
 
 

@@ -130,9 +130,11 @@ class Weight(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(iter([*self.stored.parameters(), *self.stored.buffers()])).device if isinstance(
-            self.stored, Codes
-        ) else self.stored.device
+        return (
+            next(iter([*self.stored.parameters(), *self.stored.buffers()])).device
+            if isinstance(self.stored, Codes)
+            else self.stored.device
+        )
 
     @property
     def format(self) -> Format | None:

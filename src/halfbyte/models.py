@@ -45,7 +45,11 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
     path = Path(source)
     if path.exists():
         return path
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or path.suffix in (".gguf", ".safetensors", ".yaml"):
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or path.suffix in (
+        ".gguf",
+        ".safetensors",
+        ".yaml",
+    ):
         raise InputError(f"{source}: there is no such file or folder.")
     import huggingface_hub
 
@@ -168,7 +172,9 @@ def _by_transformers(cls: Any, path: Path, dtype: torch.dtype) -> nn.Module:
     except Exception as e:
         raise InputError(f"{path} cannot be loaded as {cls.__name__}: {str(e).splitlines()[0][:200]}") from None
     if info["missing_keys"]:
-        raise InputError(f"{path} lacks weights that {cls.__name__} needs: {', '.join(sorted(info['missing_keys'])[:5])}.")
+        raise InputError(
+            f"{path} lacks weights that {cls.__name__} needs: {', '.join(sorted(info['missing_keys'])[:5])}."
+        )
     return model
 
 
@@ -194,7 +200,9 @@ def _tokenizer(path: Path) -> Any:
     """The folder's tokenizer, or None if it has none. Raises InputError for one that is broken."""
     from transformers import AutoTokenizer
 
-    if not any((path / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")):
+    if not any(
+        (path / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    ):
         return None
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -276,7 +284,9 @@ class Checkpoint:
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The model's repeated blocks, in order, by name: the longest ModuleList of one class."""
     lists = [
-        (name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len({type(c) for c in m}) == 1
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and len({type(c) for c in m}) == 1
     ]
     if not lists:
         return []
@@ -379,4 +389,17 @@ def nbytes(items: Iterable[Weight | Tensor]) -> int:
     return total
 
 
-__all__ = ["Checkpoint", "Loaded", "blocks", "load", "nbytes", "resolve", "roles", "save", "skeleton", "tensors", "tied", "weights"]
+__all__ = [
+    "Checkpoint",
+    "Loaded",
+    "blocks",
+    "load",
+    "nbytes",
+    "resolve",
+    "roles",
+    "save",
+    "skeleton",
+    "tensors",
+    "tied",
+    "weights",
+]

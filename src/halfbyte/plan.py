@@ -48,7 +48,17 @@ def inventory(model: nn.Module) -> list[Entry]:
         size = 0 if name in shared else _size(w)
         to = f"{shared[name]}.weight" if name in shared else None
         entries.append(
-            Entry(f"{name}.weight", tuple(w.shape), role[name], held, size, None, size, getattr(op, "input", None), tied_to=to)
+            Entry(
+                f"{name}.weight",
+                tuple(w.shape),
+                role[name],
+                held,
+                size,
+                None,
+                size,
+                getattr(op, "input", None),
+                tied_to=to,
+            )
         )
     for name, p in _others(model):
         entries.append(Entry(name, tuple(p.shape), "other", _dtype(p.dtype), p.nbytes, None, p.nbytes))

@@ -181,10 +181,14 @@ def check_parts(q: QTensor) -> QTensor:
     n = -(-prod(q.shape) * f.bits // 8) if f.flat else prod(q.shape[:-1]) * -(-q.shape[-1] * f.bits // 8)
     codes = q.parts["codes"]
     if codes.dtype != torch.uint8 or prod(codes.shape) != n:
-        raise InputError(f"{f.name} of shape {q.shape} needs {n} bytes of codes, not {tuple(codes.shape)} {codes.dtype}.")
+        raise InputError(
+            f"{f.name} of shape {q.shape} needs {n} bytes of codes, not {tuple(codes.shape)} {codes.dtype}."
+        )
     for name in ("scale", "zero"):
         if name in q.parts and tuple(q.parts[name].shape) != groups:
-            raise InputError(f"{f.name} of shape {q.shape} needs a {name} of shape {groups}, not {q.parts[name].shape}.")
+            raise InputError(
+                f"{f.name} of shape {q.shape} needs a {name} of shape {groups}, not {q.parts[name].shape}."
+            )
     return q
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 from halfbyte.errors import InputError
 from halfbyte.formats import FORMATS, Format, parse
@@ -41,7 +42,9 @@ class Scheme:
         was asked for does not divide the layer's inputs."""
         rule = next((r for r in self.rules if r.matches(name, role)), None)
         if rule is None:
-            raise InputError(f"scheme {self.name} says nothing of {name} ({role}); add a rule that keeps or quantizes it.")
+            raise InputError(
+                f"scheme {self.name} says nothing of {name} ({role}); add a rule that keeps or quantizes it."
+            )
         f = rule.weight
         if f is None or not isinstance(f.group, int) or f.flat or shape[-1] % f.group == 0:
             return rule
@@ -51,7 +54,23 @@ class Scheme:
                 f"{name}: a group of {f.group} does not divide its {shape[-1]} inputs; choose --group-size "
                 f"{_largest_divisor(shape[-1], f.group)} or a scheme by channel."
             )
-        return replace(rule, weight=f.with_group(group), why=f"groups of {group}: {f.group} does not divide {shape[-1]}")
+        return replace(
+            rule, weight=f.with_group(group), why=f"groups of {group}: {f.group} does not divide {shape[-1]}"
+        )
+
+    def notation(self) -> Any:
+        """What `scheme` (a name) or `custom` (rules) makes the same scheme from, as JSON holds it."""
+        if self.name in SCHEMES or self.name in FORMATS:
+            return self.name
+        return [
+            {
+                "match": r.match,
+                "weight": r.weight and r.weight.name,
+                "input": r.input and r.input.name,
+                "why": r.why,
+            }
+            for r in self.rules
+        ]
 
     def with_group(self, group: int) -> Scheme:
         """The same scheme with a group size that the user gave: never changed to fit a layer."""
@@ -116,3 +135,17 @@ def scheme(name: str | Scheme, group_size: int | None = None) -> Scheme:
             hint = f"; did you mean {nearest}?" if nearest else "."
             raise InputError(f"{name!r} is no scheme{hint} Schemes are {', '.join(SCHEMES)}, or any format's name.")
     return found if group_size is None else found.with_group(group_size)
+
+
+def custom(rules: Any) -> Scheme:
+    """A scheme from a list of rules, each a mapping with "match" and, if wanted, "weight", "input", "why".
+    Raises InputError for another key or an unknown format."""
+    if not isinstance(rules, list):
+        raise InputError(f"a scheme is a name or a list of rules, not {rules!r}.")
+    made = []
+    for r in rules:
+        if not isinstance(r, dict) or "match" not in r or set(r) - {"match", "weight", "input", "why"}:
+            raise InputError(f"a rule of a scheme has the keys match, weight, input and why, not {r}.")
+        weight, input = (None if r.get(k) is None else parse(r[k]) for k in ("weight", "input"))
+        made.append(Rule(r["match"], weight, input, r.get("why") or "named by the scheme"))
+    return Scheme("custom", tuple(made))

@@ -173,7 +173,9 @@ def train(
             part.backward()
             loss += part.item()
         if not math.isfinite(loss):
-            raise RuntimeError(f"the loss is {loss} at step {step + 1}: the learning rate is too high, or the data broken.")
+            raise RuntimeError(
+                f"the loss is {loss} at step {step + 1}: the learning rate is too high, or the data broken."
+            )
         rate = args.rate(step)
         norm = masters.step(rate, args.max_grad_norm)
         row = {"step": step + 1, "loss": loss, "learning_rate": rate, "grad_norm": norm}

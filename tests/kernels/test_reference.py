@@ -65,11 +65,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> None:
 def test_fake_is_dequantize_of_quantize(name, data):
     f = FORMATS[name]
     w = data.draw(tensors(f))
-    p = (
-        some_qparams(f, tuple(w.shape), data.draw(seeds))
-        if data.draw(st.booleans())
-        else kernels.qparams(w, f)
-    )
+    p = some_qparams(f, tuple(w.shape), data.draw(seeds)) if data.draw(st.booleans()) else kernels.qparams(w, f)
     same(kernels.fake(w, f, p), kernels.dequantize(kernels.quantize(w, f, p)))
 
 
@@ -193,9 +189,7 @@ def test_gradients_are_those_of_the_papers(name):
         torch.testing.assert_close(zero.grad.double(), dzero, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name", ["int4-g8", "uint4-g8", "q4_1", "nf4-g64", "fp8-e4m3-channel", "fp4-e2m1-g32"]
-)
+@pytest.mark.parametrize("name", ["int4-g8", "uint4-g8", "q4_1", "nf4-g64", "fp8-e4m3-channel", "fp4-e2m1-g32"])
 def test_the_scale_gradient_is_that_of_the_value_with_the_codes_held(name):
     """By finite differences of the value, less the quotient that the straight-through term takes off."""
     f = parse(name)
@@ -318,7 +312,5 @@ def test_double_quantization_reads_as_bitsandbytes_reads_it():
     w = torch.randn(64, 128).bfloat16()
     q = kernels.quantize(w, "nf4-g64-dq")
     packed, state = quantize_4bit(w, quant_type="nf4", compress_statistics=True)
-    theirs = QTensor(
-        q.format, q.shape, q.dtype, {**q.parts, "codes": pack(their_codes(packed, w.numel()), 4)}
-    )
+    theirs = QTensor(q.format, q.shape, q.dtype, {**q.parts, "codes": pack(their_codes(packed, w.numel()), 4)})
     assert torch.equal(theirs.dequantize(), dequantize_4bit(packed, state))

@@ -20,7 +20,12 @@ class Lora(nn.Module):
     """
 
     def __init__(
-        self, weight: Weight, r: int = 16, lora_alpha: float = 32, lora_dropout: float = 0.0, use_rslora: bool = False
+        self,
+        weight: Weight,
+        r: int = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
     ) -> None:
         super().__init__()
         if r < 1:

@@ -54,8 +54,8 @@ def encode(name: str, q: QTensor, input: Format | None = None) -> dict[str, Tens
     if q.shape[-1] % int(f.group):
         # bitsandbytes 0.50 takes constants by rows there on CPUs with AVX-512, and multiplies with wrong ones
         raise InputError(
-            f"{name}: its {q.shape[-1]} inputs are no multiple of {f.group}, and bitsandbytes reads that wrongly "
-            f"on some CPUs; choose a smaller block than that of {f.name}, or keep this weight."
+            f"{name}: its {q.shape[-1]} inputs are no multiple of {f.group}; on some CPUs bitsandbytes reads "
+            f"those wrongly. Choose a smaller block than {f.name} has, or keep this weight."
         )
     state: dict[str, Any] = {
         "quant_type": kind,
@@ -95,9 +95,7 @@ def config(sites: Mapping[str, tuple[QTensor, Format | None]], kept: list[str]) 
     """
     for k in kept:
         if hidden := next((n for n in sites if n.endswith(k) or n.startswith(f"{k}.")), None):
-            raise InputError(
-                f"bitsandbytes: readers that keep {k} would keep {hidden} too, which is quantized."
-            )
+            raise InputError(f"bitsandbytes: readers that keep {k} would keep {hidden} too, which is quantized.")
     weights = [q for q, _ in sites.values()]
     return {
         "quant_method": METHOD,
@@ -120,9 +118,7 @@ def config(sites: Mapping[str, tuple[QTensor, Format | None]], kept: list[str]) 
 def formats(config: Mapping[str, Any], names: set[str], get: Get) -> dict[str, tuple[Format, Format | None]]:
     """See Container. Raises InputError for LLM.int8() and for a state that cannot be read."""
     if config.get("load_in_8bit") or config.get("_load_in_8bit"):
-        raise InputError(
-            "quantization_config: load_in_8bit (LLM.int8) is not read; only bitsandbytes' 4-bit weights."
-        )
+        raise InputError("quantization_config: load_in_8bit (LLM.int8) is not read; only bitsandbytes' 4-bit weights.")
     out: dict[str, tuple[Format, Format | None]] = {}
     for full in sorted(n for n in names if _STATE in n):
         name, _, kind = full.rpartition(_STATE)
@@ -150,9 +146,7 @@ def _format(full: str, kind: str, state: Mapping[str, Any]) -> Format:
         raise InputError(f"{full}: the type is {str(said)[:40]!r}; halfbyte reads {', '.join(_TYPES)}.")
     block = state.get("blocksize")
     if type(block) is not int or block not in _BLOCKS:
-        raise InputError(
-            f"{full}: a blocksize of {str(block)[:40]} is none of {', '.join(map(str, _BLOCKS))}."
-        )
+        raise InputError(f"{full}: a blocksize of {str(block)[:40]} is none of {', '.join(map(str, _BLOCKS))}.")
     if "nested_blocksize" not in state:
         return FORMATS[f"{_TYPES[kind]}-g{block}"]
     nested = FORMATS["nf4-g64-dq"].scale
@@ -160,9 +154,7 @@ def _format(full: str, kind: str, state: Mapping[str, Any]) -> Format:
     offset = state.get("nested_offset")
     sane = type(offset) is float and abs(offset) <= torch.finfo(torch.float32).max  # JSON may say NaN
     if state["nested_blocksize"] != nested.group or not sane:
-        raise InputError(
-            f"{full}: halfbyte reads double quantization in blocks of {nested.group} with an offset."
-        )
+        raise InputError(f"{full}: halfbyte reads double quantization in blocks of {nested.group} with an offset.")
     if kind != "nf4":
         raise InputError(f"{full}: halfbyte reads double quantization of nf4 only, not of {kind}.")
     return FORMATS[f"{_TYPES[kind]}-g{block}-dq"]
@@ -180,9 +172,7 @@ def decode(name: str, f: Format, shape: tuple[int, ...], get: Get) -> QTensor:
         )
     dtype = _DTYPES.get(str(state.get("dtype")))
     if dtype is None:
-        raise InputError(
-            f"{full}: the dtype is {str(state.get('dtype'))[:40]!r}, not one of {', '.join(_DTYPES)}."
-        )
+        raise InputError(f"{full}: the dtype is {str(state.get('dtype'))[:40]!r}, not one of {', '.join(_DTYPES)}.")
     weight = f"{name}.weight"
     _check_map(f"{weight}.quant_map", f, get)
     stored = get(weight)  # of any dtype: bnb_4bit_quant_storage only changes what the bytes are called
@@ -198,29 +188,21 @@ def _check_map(full: str, f: Format, get: Get) -> None:
         raise InputError(f"{full}: its values are not those of {f.name}.")
 
 
-def _absmax(
-    weight: str, f: Format, groups: tuple[int, ...], state: Mapping[str, Any], get: Get
-) -> Tensor | QTensor:
+def _absmax(weight: str, f: Format, groups: tuple[int, ...], state: Mapping[str, Any], get: Get) -> Tensor | QTensor:
     """The block constants: float32 (groups,), or codes of them where they are quantized themselves."""
     nested = f.scale
-    absmax = _typed(
-        f"{weight}.absmax", torch.uint8 if isinstance(nested, Format) else torch.float32, groups, get
-    )
+    absmax = _typed(f"{weight}.absmax", torch.uint8 if isinstance(nested, Format) else torch.float32, groups, get)
     if not isinstance(nested, Format):
         return absmax
     _check_map(f"{weight}.nested_quant_map", nested, get)
     outer = _typed(f"{weight}.nested_absmax", torch.float32, nested.groups(groups), get)
     offset = torch.tensor(float(state["nested_offset"]), dtype=torch.float32)
-    return check_parts(
-        QTensor(nested, groups, torch.float32, {"codes": absmax, "scale": outer, "offset": offset})
-    )
+    return check_parts(QTensor(nested, groups, torch.float32, {"codes": absmax, "scale": outer, "offset": offset}))
 
 
 def _typed(full: str, dtype: torch.dtype, shape: tuple[int, ...], get: Get) -> Tensor:
     """A tensor of the file, flat. Raises InputError if it is of another dtype or size."""
     t = get(full)
     if t.dtype != dtype or t.numel() != prod(shape):
-        raise InputError(
-            f"{full} should hold {prod(shape)} numbers of {dtype}, not {tuple(t.shape)} {t.dtype}."
-        )
+        raise InputError(f"{full} should hold {prod(shape)} numbers of {dtype}, not {tuple(t.shape)} {t.dtype}.")
     return t.reshape(shape)

@@ -153,7 +153,9 @@ def _format(args: Any, name: str) -> Format:
 
 def decode(name: str, f: Format, shape: tuple[int, ...], get: Get) -> QTensor:
     scale = get(f"{name}.weight_scale")
-    parts: dict[str, Tensor | QTensor] = {"scale": scale.reshape(f.groups(shape)) if scale.numel() == prod(f.groups(shape)) else scale}
+    parts: dict[str, Tensor | QTensor] = {
+        "scale": scale.reshape(f.groups(shape)) if scale.numel() == prod(f.groups(shape)) else scale
+    }
     if isinstance(f.grid, Float8):
         codes = get(f"{name}.weight").view(torch.uint8)
     else:

@@ -61,7 +61,7 @@ class Shards:
             )
         raise InputError(f"{folder} holds no model.safetensors and no {INDEX}.")
 
-    def __iter__(self):  # noqa: ANN204
+    def __iter__(self):
         return iter(self._where)
 
     def __contains__(self, name: str) -> bool:

@@ -56,9 +56,7 @@ class Batch:
         return replace(self, **moved)
 
 
-def batches(
-    dataset: Dataset, batch_size: int, *, seed: int, pad_token_id: int, start: int = 0
-) -> Iterator[Batch]:
+def batches(dataset: Dataset, batch_size: int, *, seed: int, pad_token_id: int, start: int = 0) -> Iterator[Batch]:
     """Full batches without end: an epoch has every row once, in an order of its own, and runs into the next.
 
     The stream depends on the seed and on the dataset's length only; start=n begins at the n-th batch (from 0)

@@ -41,21 +41,15 @@ def encode_chat(
         ids = _tokens(_rendered(messages, tokenizer, record.where), tokenizer)["input_ids"]
         return [(ids, [True] * len(ids))]
     if not any(m["role"] == "assistant" for m in messages):
-        raise InputError(
-            f'{record.where}: no message has the role "assistant", so there is nothing to learn.'
-        )
+        raise InputError(f'{record.where}: no message has the role "assistant", so there is nothing to learn.')
     if not tokenizer.is_fast:
-        raise InputError(
-            "Finding the assistant's tokens needs a fast tokenizer; set assistant_only_loss: false."
-        )
+        raise InputError("Finding the assistant's tokens needs a fast tokenizer; set assistant_only_loss: false.")
     if _MARKER.search(tokenizer.get_chat_template()):
         return [_marked(messages, tokenizer, record.where)]
     return [_targets(text, spans, tokenizer) for text, spans in _turns(messages, tokenizer, record.where)]
 
 
-def _turns(
-    messages: list[Any], tokenizer: PreTrainedTokenizerBase, where: str
-) -> list[tuple[str, list[Span]]]:
+def _turns(messages: list[Any], tokenizer: PreTrainedTokenizerBase, where: str) -> list[tuple[str, list[Span]]]:
     """Texts with the spans to learn: the whole conversation, or one text per assistant turn."""
     turns = []
     for i, message in enumerate(messages):
@@ -90,9 +84,7 @@ def _start(messages: list[Any], text: str, tokenizer: PreTrainedTokenizerBase, w
     return len(header)
 
 
-def _targets(
-    text: str, spans: list[Span], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[bool]]:
+def _targets(text: str, spans: list[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
     tokens = _tokens(text, tokenizer, return_offsets_mapping=True)
     # A token that is half header, such as " Hello" where the header ends with a space, is a target too: the
     # assistant's first word is in it. transformers takes overlapping tokens for {% generation %} as well.
@@ -100,9 +92,7 @@ def _targets(
     return tokens["input_ids"], targets
 
 
-def _marked(
-    messages: list[Any], tokenizer: PreTrainedTokenizerBase, where: str
-) -> tuple[list[int], list[bool]]:
+def _marked(messages: list[Any], tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[list[int], list[bool]]:
     try:
         tokens: Any = tokenizer.apply_chat_template(
             messages, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
@@ -116,9 +106,7 @@ def _rendered(
     messages: list[Any], tokenizer: PreTrainedTokenizerBase, where: str, add_generation_prompt: bool = False
 ) -> str:
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except (TemplateError, ValueError) as e:
         raise InputError(f"{where}: the chat template refuses these messages: {e}") from None
     return str(text)

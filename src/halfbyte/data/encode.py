@@ -111,23 +111,17 @@ def windows(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, conte
     Raises InputError like encode, and if the records are not domain text.
     """
     if (kind := _one_kind(records)) != "text":
-        raise InputError(
-            f'{records[0].where}: perplexity is measured on "text" records, not on {kind} records.'
-        )
+        raise InputError(f'{records[0].where}: perplexity is measured on "text" records, not on {kind} records.')
     return encode(records, tokenizer, context)
 
 
 def label_choices(records: Sequence[Record]) -> list[str]:
     """The sorted labels of labelled text. Raises InputError for another shape, or fewer than two labels."""
     if (kind := _one_kind(records)) != "label":
-        raise InputError(
-            f'{records[0].where}: labels come from "text" and "label" records, not {kind} records.'
-        )
+        raise InputError(f'{records[0].where}: labels come from "text" and "label" records, not {kind} records.')
     found = sorted({r["label"] for r in records})
     if len(found) < 2:
-        raise InputError(
-            f"All {len(records)} records have the label {found[0]!r}; there is nothing to tell apart."
-        )
+        raise InputError(f"All {len(records)} records have the label {found[0]!r}; there is nothing to tell apart.")
     return found
 
 
@@ -172,9 +166,7 @@ def encode_classification(
         _check_label(record, names)
         ids = tokenizer(record["text"], verbose=False)["input_ids"]
         if len(ids) > max_length:
-            ids = tokenizer(record["text"], truncation=True, max_length=max_length, verbose=False)[
-                "input_ids"
-            ]
+            ids = tokenizer(record["text"], truncation=True, max_length=max_length, verbose=False)["input_ids"]
             truncated += 1
         row = _row([(ids, [False] * len(ids))])
         rows.append(Row(row.input_ids, row.targets, row.segments, names.index(record["label"])))
@@ -199,9 +191,7 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
     for token in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.sep_token_id):
         if isinstance(token, int):
             return token
-    raise InputError(
-        "The tokenizer has no eos, bos or sep token to end a text with; set tokenizer.eos_token."
-    )
+    raise InputError("The tokenizer has no eos, bos or sep token to end a text with; set tokenizer.eos_token.")
 
 
 def _one_kind(found: Sequence[Record]) -> str:

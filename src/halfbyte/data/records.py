@@ -157,9 +157,7 @@ def _checked(value: Any, where: str) -> Record:
         raise InputError(f"{where}: a record is an object with keys, not {_named(value)}.")
     kind = next((kind for kind, shape in SHAPES.items() if shape == value.keys()), None)
     if kind is None:
-        raise InputError(
-            f"{where}: {_wrong_keys(value)}; a record holds {_SHAPES_IN_WORDS}, and nothing else."
-        )
+        raise InputError(f"{where}: {_wrong_keys(value)}; a record holds {_SHAPES_IN_WORDS}, and nothing else.")
     if kind == "messages":
         return Record(kind, {"messages": _checked_messages(value["messages"], where)}, where)
     fields = dict(value)
@@ -180,9 +178,7 @@ def _checked_messages(messages: Any, where: str) -> list[dict[str, str]]:
         name = f'"messages"[{i}]'
         if not isinstance(message, dict) or message.keys() != {"role", "content"}:
             found = _quoted(message) if isinstance(message, dict) else _named(message)
-            raise InputError(
-                f'{where}: {name} must hold "role" and "content" and nothing else; it is {found}.'
-            )
+            raise InputError(f'{where}: {name} must hold "role" and "content" and nothing else; it is {found}.')
         for key, field in message.items():
             _check_string(field, f'{name}["{key}"]', where)
         if not message["role"]:
@@ -197,9 +193,7 @@ def _check_string(value: Any, key: str, where: str) -> None:
         value.encode()
     except UnicodeEncodeError:
         # JSON can spell half of a surrogate pair, which no tokenizer takes
-        raise InputError(
-            f"{where}: {key} holds half of a surrogate pair, which is not a character."
-        ) from None
+        raise InputError(f"{where}: {key} holds half of a surrogate pair, which is not a character.") from None
 
 
 def _wrong_keys(value: dict[Any, Any]) -> str:
@@ -216,6 +210,4 @@ def _quoted(keys: Iterable[Any]) -> str:
 
 def _named(value: Any) -> str:
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
-    return names.get(
-        type(value), "a list" if isinstance(value, list) else f"an object ({type(value).__name__})"
-    )
+    return names.get(type(value), "a list" if isinstance(value, list) else f"an object ({type(value).__name__})")

@@ -62,7 +62,7 @@ class _Fake(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, w: Tensor, scale: Tensor, zero: Tensor | None, f: Format) -> Tensor:  # noqa: ANN001
+    def forward(ctx, w: Tensor, scale: Tensor, zero: Tensor | None, f: Format) -> Tensor:
         _, p = stored_qparams(w, f, QParams(scale, zero))
         x = normalize(grouped(w, f), f, p)
         codes, inside = round_to_grid(x, f, p.zero)
@@ -72,7 +72,7 @@ class _Fake(torch.autograd.Function):
         return ungrouped(decode(codes, f, p), tuple(w.shape)).to(w.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
+    def backward(ctx, grad: Tensor):
         inside, *learned = ctx.saved_tensors
         rows = grouped(grad, ctx.f)
         dw = ungrouped(rows * inside, ctx.shape).to(grad.dtype)
@@ -109,13 +109,12 @@ class _Linear(torch.autograd.Function):
     """x W^T + b with W dequantized for the product and dropped: backward dequantizes again, keeping no copy."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, q: QTensor, bias: Tensor | None) -> Tensor:  # noqa: ANN001
+    def forward(ctx, x: Tensor, q: QTensor, bias: Tensor | None) -> Tensor:
         ctx.q = q
         return torch.nn.functional.linear(x, q.dequantize().to(x.dtype), bias)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):  # noqa: ANN001, ANN205
+    def backward(ctx, dy: Tensor):
         dx = linear_grad(dy, ctx.q) if ctx.needs_input_grad[0] else None
         db = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, db
-

@@ -124,8 +124,10 @@ def _candidates(rows: Tensor, f: Format) -> Iterator[Found]:
         shrink = (1.0, 0.95, 0.9, 0.85, 0.8, 0.72) if bits <= 5 else (1.0, 0.97, 0.94)
         for a in shrink:
             for b in shrink:
-                yield _affine(low * a, high * b, f) if f.zero == "integer" else _affine(
-                    low + (high - low) * (1 - a) / 2, high - (high - low) * (1 - b) / 2, f
+                yield (
+                    _affine(low * a, high * b, f)
+                    if f.zero == "integer"
+                    else _affine(low + (high - low) * (1 - a) / 2, high - (high - low) * (1 - b) / 2, f)
                 )
     else:
         full, _ = minmax(rows, f)
@@ -177,4 +179,8 @@ def mse(rows: Tensor, f: Format, weight: Tensor | None = None) -> Found:
     return best_scale, best_zero
 
 
-SEARCHES: dict[str, Callable[[Tensor, Format, Tensor | None], Found]] = {"minmax": minmax, "absmax": absmax, "mse": mse}
+SEARCHES: dict[str, Callable[[Tensor, Format, Tensor | None], Found]] = {
+    "minmax": minmax,
+    "absmax": absmax,
+    "mse": mse,
+}

@@ -28,7 +28,11 @@ class Solve(Protocol):
     model gave, each a list of (tokens, width) or None for a solver that needs none. Sites by op's name."""
 
     def __call__(
-        self, block: nn.Module, inputs: list[Tensor] | None, targets: list[Tensor] | None, sites: Mapping[str, Site]
+        self,
+        block: nn.Module,
+        inputs: list[Tensor] | None,
+        targets: list[Tensor] | None,
+        sites: Mapping[str, Site],
     ) -> dict[str, QTensor]: ...
 
 
@@ -36,12 +40,13 @@ class Solve(Protocol):
 class Solver:
     """needs_data: whether calibration text is needed; says: what is printed of it."""
 
+    name: str
     solve: Solve
     needs_data: bool
     says: str
 
 
-SOLVERS: dict[str, Solver] = {"rtn": Solver(rtn.solve, False, rtn.SAYS)}
+SOLVERS: dict[str, Solver] = {"rtn": Solver("rtn", rtn.solve, False, rtn.SAYS)}
 
 
 def solver(name: str) -> Solver:

@@ -1,0 +1,88 @@
+"""Text from a model, by transformers' own generate()."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfbyte.data import encode_prompt
+from halfbyte.errors import InputError
+
+
+@dataclass
+class Generated:
+    """text: what was added. tokens: how many. tokens_per_second: of decoding, the prompt's reading not counted."""
+
+    text: str
+    tokens: int
+    tokens_per_second: float
+
+
+class _Clock:
+    """A streamer that notes when the tokens come, and passes text on."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        self.times: list[float] = []
+        self._ids: list[int] = []
+        self._tokenizer, self._on_text, self._said = tokenizer, on_text, ""
+
+    def put(self, value: torch.Tensor) -> None:
+        if value.numel() == 1:  # the prompt comes first, whole
+            self._ids.append(int(value))
+            text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+            if not text.endswith("\ufffd"):  # half a character: wait for its other bytes
+                self._on_text(text[len(self._said) :])
+                self._said = text
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str | list[dict[str, str]],
+    max_new_tokens: int = 64,
+    chat: bool = False,
+    temperature: float = 0.0,
+    on_text: Callable[[str], None] = lambda text: None,
+) -> Generated:
+    """Continues a prompt; with `chat` (or a list of messages) answers it through the chat template.
+
+    Greedy at temperature 0. Raises InputError for an empty prompt, or a model without a chat template.
+    """
+    ids = _prompt_ids(tokenizer, prompt, chat)
+    if not ids:
+        raise InputError("--prompt is empty: give the model something to go on from.")
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    if temperature == 0 and getattr(model, "generation_config", None) is not None:
+        # transformers warns of sampling settings that greedy decoding does not use
+        model.generation_config.update(temperature=None, top_p=None, top_k=None)  # pyright: ignore
+    clock = _Clock(tokenizer, on_text)
+    tokens = torch.tensor([ids])
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with torch.inference_mode():
+        out = model.generate(  # pyright: ignore[reportCallIssue]
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=max_new_tokens,
+            pad_token_id=pad, streamer=clock, **sampling,
+        )  # fmt: skip
+    new = out[0, len(ids) :].tolist()
+    spent = clock.times[-1] - clock.times[1] if len(clock.times) > 2 else 0.0
+    speed = (len(new) - 1) / spent if spent else 0.0
+    return Generated(tokenizer.decode(new, skip_special_tokens=True), len(new), round(speed, 2))
+
+
+def _prompt_ids(tokenizer: Any, prompt: str | list[dict[str, str]], chat: bool) -> list[int]:
+    if not chat and isinstance(prompt, str):
+        return encode_prompt(prompt, tokenizer)
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError("--chat: this model's tokenizer has no chat template; leave the flag out.")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    out = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    return list(out["input_ids"])

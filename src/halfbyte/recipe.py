@@ -1,0 +1,139 @@
+"""Recipes: a method is a list of steps, and a file can be one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from halfbyte.errors import InputError
+from halfbyte.folders import check_free, whole
+from halfbyte.layers import weights
+from halfbyte.run import Run, load
+from halfbyte.steps import STEPS, Adapt, Freeze, Grid, Merge, Step, Train
+
+
+@dataclass(frozen=True)
+class Method:
+    """steps: from a scheme and two sets of settings (Train's, Adapt's) to a list of steps. needs: whether --to."""
+
+    steps: Callable[[Any, dict[str, Any], dict[str, Any]], list[Step]]
+    needs_scheme: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "full": Method(lambda to, train, adapt: [Train(**train)]),
+    "lora": Method(lambda to, train, adapt: [Adapt(**adapt), Train(**train)]),
+    "qlora": Method(lambda to, train, adapt: [Freeze(scheme=to or "NF4"), Adapt(**adapt), Train(**train)]),
+    "qat": Method(lambda to, train, adapt: [Grid(scheme=to), Train(**train), Freeze()], True),
+    "qat-lora": Method(lambda to, train, adapt: [Grid(scheme=to), Adapt(**adapt), Train(**train)], True),
+    "scales": Method(lambda to, train, adapt: [Freeze(scheme=to), Train(**train)], True),
+}
+
+
+def method_steps(method: str, to: Any, train: Mapping[str, Any], adapt: Mapping[str, Any] | None = None) -> list[Step]:
+    """The steps of a method. `train` may hold Adapt's keys too (r, lora_alpha ...). Raises InputError."""
+    if method not in METHODS:
+        raise InputError(f"--method {method}: it is {', '.join(METHODS)}.")
+    if METHODS[method].needs_scheme and to is None:
+        raise InputError(f"--method {method} needs --to SCHEME: what the result will be stored in.")
+    own = {k: v for k, v in train.items() if k in Train.model_fields}
+    rest = {**{k: v for k, v in train.items() if k not in own}, **(adapt or {})}
+    if rest and not any(m in method for m in ("lora",)):
+        raise InputError(f"method {method} does not take {', '.join(rest)}.")
+    return checked(lambda: METHODS[method].steps(to, own, rest))
+
+
+def merge_steps(run: Run, to: Any = None, base: str = "trained", group_size: int | None = None) -> list[Step]:
+    """Merge, then what makes codes: the scheme given, or the grid that the run was trained through."""
+    gridded = any(w.grid is not None for w in weights(run.model).values())
+    if to is None:
+        return [Merge(base=base), *([Freeze()] if gridded else [])]
+    for w in weights(run.model).values():
+        w.grid = None
+    return [Merge(base=base), Freeze(scheme=to, group_size=group_size)]
+
+
+def checked(make: Callable[[], Any], where: str = "") -> Any:
+    """Calls `make`; pydantic's complaint becomes one sentence. Raises InputError."""
+    try:
+        return make()
+    except ValidationError as e:
+        first = e.errors()[0]
+        key = ".".join(str(p) for p in first["loc"])
+        raise InputError(f"{where}{key or 'value'}: {first['msg']} (got {str(first['input'])[:60]!r}).") from None
+
+
+@dataclass
+class Recipe:
+    """model: a MODEL. output: the folder to write. steps: what is done, in order. seed, dtype: of the run."""
+
+    model: str
+    steps: list[Step]
+    output: str | None = None
+    seed: int = 0
+    dtype: str | None = None
+
+    def run(self, overwrite: bool = False, say: Callable[[str], None] = lambda line: None) -> Run:
+        """Loads, takes every step, saves. Raises InputError before work begins for an output that exists."""
+        if self.output is not None:
+            check_free(Path(self.output), overwrite)
+        run = load(self.model, self.dtype, seed=self.seed)
+        for i, step in enumerate(self.steps):
+            say(f"step {i + 1}/{len(self.steps)}: {type(step).__name__.lower()}")
+            step(run)
+        if self.output is not None:
+            save(run, self.output, overwrite)
+        return run
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """A recipe from a YAML file. Raises InputError that names the file and the key."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        raw = yaml.safe_load(text)
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such recipe.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(e).split())[:200]}") from None
+    return parse_recipe(raw, f"{path}: ")
+
+
+def parse_recipe(raw: Any, where: str = "") -> Recipe:
+    """A recipe from a mapping: model, output, seed, dtype, and either `steps` (a list of one-key mappings, step to
+    its settings) or `method` with `to`, `train` and `adapt`. Raises InputError."""
+    known = {"model", "output", "seed", "dtype", "steps", "method", "to", "train", "adapt"}
+    if not isinstance(raw, Mapping) or "model" not in raw:
+        raise InputError(f"{where}a recipe is a mapping with a model and steps, or a method.")
+    if extra := set(raw) - known:
+        raise InputError(f"{where}unknown key {sorted(extra)[0]!r}; known are {', '.join(sorted(known))}.")
+    if ("steps" in raw) == ("method" in raw):
+        raise InputError(f"{where}a recipe has either steps or a method.")
+    if "method" in raw:
+        steps = method_steps(raw["method"], raw.get("to"), raw.get("train") or {}, raw.get("adapt"))
+    else:
+        steps = [_step(item, f"{where}steps[{i}]: ") for i, item in enumerate(raw["steps"] or [])]
+    return Recipe(raw["model"], steps, raw.get("output"), int(raw.get("seed", 0)), raw.get("dtype"))
+
+
+def _step(item: Any, where: str) -> Step:
+    if isinstance(item, str):
+        item = {item: {}}
+    if not isinstance(item, Mapping) or len(item) != 1:
+        raise InputError(f"{where}a step is a name, or one name with its settings.")
+    ((name, settings),) = item.items()
+    if name not in STEPS:
+        raise InputError(f"{where}there is no step {name!r}; those are {', '.join(STEPS)}.")
+    return checked(lambda: STEPS[name](**(settings or {})), f"{where}{name}: ")
+
+
+def save(run: Run, folder: str | Path, overwrite: bool = False) -> Path:
+    """Writes a run's result as a folder that appears whole or not at all. Raises InputError if it exists."""
+    target = Path(folder)
+    with whole(target, overwrite) as partial:
+        run.write(partial, target)
+    return target

@@ -1,0 +1,212 @@
+"""A run: a model with what was done to it so far, read from any MODEL and written as a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfbyte import adapters, calibrate, data, evaluate, models
+from halfbyte.card import write_card
+from halfbyte.containers import peft
+from halfbyte.containers.shards import read_json
+from halfbyte.errors import InputError
+from halfbyte.formats import Format
+from halfbyte.layers import Grid, Linear, Op, ops, weights
+from halfbyte.models import Loaded
+from halfbyte.plan import inventory, plan, totals
+from halfbyte.scheme import Scheme, custom, scheme
+from halfbyte.solvers import Solver, solver
+from halfbyte.train import Log
+
+NOTES = "halfbyte.json"
+DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+          "float16": torch.float16, "fp16": torch.float16}  # fmt: skip
+
+
+@dataclass
+class Run:
+    """loaded: the model and what belongs to it. notes: what was done, kept as halfbyte.json beside the result.
+    log: of the last training. rows: the ledger so far, (stage, figures)."""
+
+    loaded: Loaded
+    seed: int = 0
+    notes: dict[str, Any] = field(default_factory=dict)
+    log: Log | None = None
+    rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    @property
+    def model(self) -> nn.Module:
+        """A plain nn.Module: generate(), other trainers, torch.compile take it."""
+        return self.loaded.model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.loaded.tokenizer
+
+    @property
+    def needs_tokenizer(self) -> Any:
+        """The tokenizer. Raises InputError if the model came without one."""
+        if self.tokenizer is None:
+            raise InputError(f"{self.loaded.source} has no tokenizer, and text needs one.")
+        return self.tokenizer
+
+    @property
+    def causal(self) -> bool:
+        return not type(self.model).__name__.endswith("ForSequenceClassification")
+
+    def write(self, folder: Path, final: Path) -> None:
+        """The result, into an existing folder that will be called `final`: an adapter folder as PEFT's while
+        adapters are unmerged, else a model folder; with notes, ledger and model card. Raises InputError."""
+        if adapters.attached(self.model):
+            self._write_adapter(folder)
+        else:
+            if any(w.grid is not None for w in weights(self.model).values()):
+                raise InputError("the weights are still seen through a grid: freeze them before saving.")
+            models.save(self.loaded, folder)
+        (folder / NOTES).write_text(json.dumps(self.notes, indent=1) + "\n")
+        size = disk_bytes(folder)
+        for stage, row in self.rows:
+            evaluate.write_ledger(folder, stage, {**row, "bytes": row.get("bytes") or size})
+        write_card(self, folder, final)
+
+    def _write_adapter(self, folder: Path) -> None:
+        found = adapters.attached(self.model)
+        settings = next(iter(found.values())).settings()
+        if settings.get("peft_type") != "LORA":
+            raise InputError("this adapter has no folder layout that others read; merge it before saving.")
+        linear = [n for n, op in ops(self.model) if isinstance(op, Linear)]
+        turned = any(op.transposed for n, op in ops(self.model) if n in found)
+        states = {n: a.state() for n, a in found.items()}
+        base = self.loaded.source
+        if Path(base).exists():
+            base = os.path.abspath(base)
+        peft.write(folder, states, settings, base, linear, fan_in_fan_out=turned)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+
+    def bits_per_weight(self) -> float:
+        """Bits that the whole model takes in memory for each of its parameters."""
+        n, size, _ = totals(inventory(self.model))
+        return 8 * size / n
+
+
+def disk_bytes(path: Path) -> int:
+    """Bytes of the weight files of a folder, or of a file."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(f.stat().st_size for f in path.iterdir() if f.suffix in (".safetensors", ".gguf"))
+
+
+def parse_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    """Raises InputError for a dtype that is not one to compute in."""
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise InputError(f"--dtype {name}: it is float32, bfloat16 or float16.")
+    return DTYPES[name]
+
+
+def load(
+    source: str | Path,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    seed: int = 0,
+    labels: list[str] | None = None,
+) -> Run:
+    """Reads any MODEL: a Hugging Face folder or hub id, a .gguf file, a PEFT adapter folder, or a folder that
+    halfbyte wrote.
+
+    An adapter's base is read too, checked against the hash that halfbyte recorded, and brought into the form
+    that the adapter was trained on (4-bit codes, a grid). labels: see halfbyte.models.load. Raises InputError.
+    """
+    torch.manual_seed(seed)
+    path = models.resolve(source, revision)
+    if path.is_dir() and (path / peft.CONFIG).exists():
+        return _load_adapter(path, parse_dtype(dtype), seed)
+    loaded = models.load(source, parse_dtype(dtype), revision, labels)
+    notes = read_json(path / NOTES) if path.is_dir() and (path / NOTES).exists() else {}
+    return Run(loaded, seed, {k: v for k, v in notes.items() if k in ("labels",)})
+
+
+def _load_adapter(path: Path, dtype: torch.dtype | None, seed: int) -> Run:
+    base, settings, states = peft.read(path)
+    notes = read_json(path / NOTES) if (path / NOTES).exists() else {}
+    loaded = models.load(base, dtype or parse_dtype(notes.get("dtype")))
+    wanted = notes.get("base_sha256")
+    if wanted and wanted != loaded.sha256:
+        raise InputError(
+            f"{path}: this adapter was trained on other weights than those now at {base} "
+            f"(sha256 {wanted[:12]}..., found {loaded.sha256[:12]}...)."
+        )
+    run = Run(loaded, seed, notes)
+    if notes.get("stored"):
+        freeze(run, to_scheme(notes["stored"]), solver(notes.get("solver", "rtn")))
+    if notes.get("grid"):
+        see_through(run, to_scheme(notes["grid"]))
+    put_adapter(run, settings, states, path)
+    return run
+
+
+def see_through(run: Run, chosen: Scheme, how: str = "minmax") -> None:
+    """Gives every weight that the scheme quantizes a grid, and its op the input format."""
+    by_name = dict(ops(run.model))
+    for e in plan(run.model, chosen):
+        if e.after is not None:
+            op = by_name[e.name.removesuffix(".weight")]
+            op.weight.grid = Grid(e.after, how)
+            _set_input(op, e.input)
+    run.notes["grid"] = chosen.notation()
+
+
+@torch.no_grad()
+def freeze(
+    run: Run, chosen: Scheme, by: Solver, batches: list[data.Batch] | None = None,
+    on_block: Callable[[int, int], None] = lambda done, total: None,
+) -> None:  # fmt: skip
+    """Makes codes of every weight that the scheme quantizes. Raises InputError before any is touched if one
+    cannot be."""
+    by_name = dict(ops(run.model))
+    formats = {}
+    for e in plan(run.model, chosen):
+        name = e.name.removesuffix(".weight")
+        if e.after is not None and not e.tied_to:
+            formats[name] = e.after
+            _set_input(by_name[name], e.input)
+    calibrate.freeze(run.model, formats, by, batches, on_block)
+    run.notes |= {"stored": chosen.notation(), "solver": by.name}
+
+
+def _set_input(op: Op, f: Format | None) -> None:
+    if isinstance(op, Linear):
+        op.input = f
+
+
+def to_scheme(given: Any, group_size: int | None = None) -> Scheme:
+    """A scheme's name, a Scheme, or a recipe's own list of rules {match, weight, input, why}. Raises InputError."""
+    if isinstance(given, str | Scheme):
+        return scheme(given, group_size)
+    own = custom(given)
+    return own if group_size is None else own.with_group(group_size)
+
+
+def put_adapter(run: Run, settings: dict[str, Any], states: dict[str, dict[str, torch.Tensor]], path: Path) -> None:
+    """Attaches a LoRA that was read from a PEFT folder. Raises InputError if the model lacks one of its layers or
+    a shape differs."""
+    names = [n for n, op in ops(run.model) if isinstance(op, Linear)]
+    if missing := [n for n in states if n not in names]:
+        raise InputError(f"{path}: the model {run.loaded.source} has no linear layer {missing[0]!r}.")
+    for name, weight in adapters.attach(run.model, list(states), "lora", **settings).items():
+        adapter: Any = weight.adapters[adapters.NAME]
+        for key, value in states[name].items():
+            p = getattr(adapter, key.removesuffix(".weight"))
+            if p.shape != value.shape:
+                raise InputError(f"{path}: {name}.{key} has the shape {tuple(value.shape)}, not {tuple(p.shape)}.")
+            p.data.copy_(value)
+    run.model.eval()

@@ -1,0 +1,284 @@
+"""The steps that methods are lists of. Each is a row in STEPS: its fields are the keys of a recipe."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from halfbyte import adapters, data, evaluate, layers, models
+from halfbyte.errors import InputError
+from halfbyte.run import Run, disk_bytes, freeze, load, see_through, to_scheme
+from halfbyte.solvers import solver
+from halfbyte.train import TrainingArguments, train
+
+LEARNING_RATES = {"adapters": 2e-4, "stored": 2e-5, "qat": 1e-5, "scales": 1e-4}
+
+
+class Step(BaseModel):
+    """Something done to a run. Fields are checked when it is made; a misspelt one is an error."""
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    def __call__(self, run: Run) -> None:
+        """Moves the run on. Raises InputError for what cannot be done."""
+        raise TypeError(f"{type(self).__name__} is no step by itself.")
+
+
+class Adapt(Step):
+    """Adds an adapter to every weight that target_modules meets. Further keys are the adapter's settings."""
+
+    model_config = ConfigDict(extra="allow")
+    adapter: str = "lora"
+    target_modules: str | list[str] = "all-linear"
+
+    def __call__(self, run: Run) -> None:
+        torch.manual_seed(run.seed)  # so that A does not depend on what ran before
+        names = adapters.targets(run.model, models.roles(run.model), self.target_modules)
+        try:
+            adapters.attach(run.model, names, self.adapter, **(self.model_extra or {}))
+        except TypeError as e:
+            raise InputError(f"adapter {self.adapter}: {e}.") from None
+        run.notes["adapter"] = {"adapter": self.adapter, **(self.model_extra or {})}
+
+
+class Grid(Step):
+    """Weights are seen through the scheme's formats from now on; inputs too, where it rounds them."""
+
+    scheme: Any
+    group_size: int | None = None
+    how: str = "minmax"
+
+    def __call__(self, run: Run) -> None:
+        see_through(run, to_scheme(self.scheme, self.group_size), self.how)
+
+
+class Freeze(Step):
+    """Makes codes: by a scheme and a solver, or without a scheme each weight by its own grid."""
+
+    scheme: Any = None
+    group_size: int | None = None
+    solver: str = "rtn"
+    calibration: Any = None
+    samples: int = 32
+    on_block: Any = None
+
+    def __call__(self, run: Run) -> None:
+        if self.scheme is None:
+            for w in layers.weights(run.model).values():
+                if w.grid is not None:
+                    w.freeze()
+            run.notes["stored"] = run.notes.pop("grid", None)
+            return
+        chosen, by = to_scheme(self.scheme, self.group_size), solver(self.solver)
+        freeze(run, chosen, by, self._batches(run), self.on_block or (lambda done, total: None))
+
+    def _batches(self, run: Run) -> list[data.Batch] | None:
+        if self.calibration is None:
+            return None
+        rows = data.encode(read(self.calibration), run.needs_tokenizer, evaluate.CONTEXT)
+        stream = data.batches(rows, 1, seed=run.seed, pad_token_id=pad_id(run))
+        return [next(stream) for _ in range(min(self.samples, len(rows)))]
+
+
+class Merge(Step):
+    """Folds the adapters into their weights. base "trained": into what they were trained on (dequantized, for
+    QLoRA); "original": into the checkpoint's own weights."""
+
+    base: str = "trained"
+
+    def __call__(self, run: Run) -> None:
+        if self.base not in ("trained", "original"):
+            raise InputError(f"--base {self.base}: it is trained or original.")
+        if not adapters.attached(run.model):
+            raise InputError(f"{run.loaded.source} has no adapter to merge.")
+        if self.base == "original":
+            fresh = layers.weights(models.load(run.loaded.source, run.loaded.config.dtype).model)
+            for name, w in layers.weights(run.model).items():
+                if isinstance(w.stored, layers.Codes):
+                    w.store(fresh[name].base().detach())
+        for w in layers.weights(run.model).values():
+            w.merge()
+        run.notes.pop("stored", None)
+        run.notes["merged"] = self.base
+
+
+class Train(Step):
+    """Trains adapters if there are any, else scales if the weights are codes, else the whole model.
+
+    steps or epochs (3 by default); learning_rate: by what is trained if left out. eval_split takes that share
+    of the records away from training. Text longer than max_length is split.
+    """
+
+    data: Any
+    eval_data: Any = None
+    eval_split: float = 0.0
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    max_length: int = 512
+    learning_rate: float | None = None
+    lr_scheduler_type: str = "cosine"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    eval_steps: int = 0
+    packing: bool = True
+    completion_only_loss: bool = True
+    assistant_only_loss: bool = True
+    gradient_checkpointing: bool = False
+    on_step: Any = None
+    on_start: Any = None
+
+    def __call__(self, run: Run) -> None:
+        records, held_out = self._records(run)
+        rows, held = self._encode(records, run), None if held_out is None else self._encode(held_out, run)
+        what = trainable(run.model)
+        args = self._arguments(what, len(rows), run)
+        stream = data.batches(rows, self.batch_size, seed=run.seed, pad_token_id=pad_id(run))
+        if self.on_start:
+            self.on_start(rows, held, args, what)
+        torch.manual_seed(run.seed)
+        run.log = train(
+            run.model, stream, args, on_step=self.on_step or (lambda row: None),
+            evaluate=None if held is None else lambda: _held_out_loss(run.model, held),
+        )  # fmt: skip
+        settle(run.model)
+        run.notes |= {
+            "data_sha256": rows.sha256, "data_kind": rows.kind, "data_tokens": rows.tokens, "trained": what,
+            "training": {**vars(args), "batch_size": self.batch_size, "max_length": self.max_length, "seed": run.seed},
+        }  # fmt: skip
+        for key, source in (("data", self.data), ("eval_data", self.eval_data)):
+            if isinstance(source, str | Path):
+                run.notes[key] = str(Path(source).absolute())
+
+    def _records(self, run: Run) -> tuple[list[data.Record], list[data.Record] | None]:
+        records = read(self.data)
+        if self.eval_data is not None:
+            return records, read(self.eval_data)
+        if self.eval_split:
+            return data.split(records, self.eval_split, run.seed)
+        return records, None
+
+    def _encode(self, records: list[data.Record], run: Run) -> data.Dataset:
+        if not run.causal:
+            labels = [run.model.config.id2label[i] for i in range(run.model.config.num_labels)]  # pyright: ignore
+            return data.encode_classification(records, run.needs_tokenizer, self.max_length, labels)
+        return data.encode(
+            records, run.needs_tokenizer, self.max_length, packing=self.packing,
+            completion_only_loss=self.completion_only_loss, assistant_only_loss=self.assistant_only_loss,
+        )  # fmt: skip
+
+    def _arguments(self, what: str, rows: int, run: Run) -> TrainingArguments:
+        per_epoch = rows / (self.batch_size * self.gradient_accumulation_steps)
+        steps = self.steps or max(1, math.ceil((self.epochs or 3) * per_epoch))
+        gridded = any(w.grid is not None for w in layers.weights(run.model).values())
+        rate = LEARNING_RATES["qat" if what == "stored" and gridded else what]
+        keep = ("gradient_accumulation_steps", "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm",
+                "gradient_checkpointing", "eval_steps")  # fmt: skip
+        return TrainingArguments(
+            steps=steps,
+            learning_rate=rate if self.learning_rate is None else self.learning_rate,
+            **{k: getattr(self, k) for k in keep},
+        )
+
+
+def _held_out_loss(model: nn.Module, held: data.Dataset) -> float:
+    if held.kind == "classification":
+        return evaluate.classification(model, held).loss or 0.0
+    return evaluate.measure(model, held).loss or 0.0
+
+
+def trainable(model: nn.Module) -> str:
+    """Marks what a Train step trains, and only that, as requiring a gradient. Says which: adapters, scales or
+    stored (everything that is a float)."""
+    model.requires_grad_(False)
+    if found := adapters.attached(model):
+        for adapter in found.values():
+            adapter.requires_grad_(True)
+        return "adapters"
+    coded = [w for w in layers.weights(model).values() if isinstance(w.stored, layers.Codes)]
+    if coded:
+        for w in coded:
+            w.store(w.frozen(), learn=True)
+        return "scales"
+    model.requires_grad_(True)
+    return "stored"
+
+
+@torch.no_grad()
+def settle(model: nn.Module) -> None:
+    """Ends training: nothing requires a gradient, learned scales are rounded to what the file will hold."""
+    model.requires_grad_(False)
+    for w in layers.weights(model).values():
+        if isinstance(w.stored, layers.Codes) and w.stored.learned:
+            w.store(w.stored.q)
+    model.eval()
+
+
+class Evaluate(Step):
+    """Adds a row to the ledger. against: a MODEL, read in float32, or an evaluate.Reference."""
+
+    data: Any
+    against: Any = None
+    stage: str = "evaluate"
+    context: int = evaluate.CONTEXT
+    batch_size: int = 4
+    max_windows: int | None = None
+    max_kl: float | None = None
+    max_loss: float | None = None
+    on_batch: Any = None
+
+    def __call__(self, run: Run) -> None:
+        records = read(self.data)
+        row = self._measure(run, records)
+        path = run.loaded.path
+        row.bytes = disk_bytes(path) if path.exists() and self.stage == "evaluate" else 0
+        row.bits_per_weight = run.bits_per_weight()
+        run.rows.append((self.stage, row.as_dict()))
+        evaluate.check_budget(row, self.max_kl, self.max_loss)
+
+    def _measure(self, run: Run, records: list[data.Record]) -> evaluate.Row:
+        tokenizer = run.needs_tokenizer
+        if not run.causal:
+            labels = [run.model.config.id2label[i] for i in range(run.model.config.num_labels)]  # pyright: ignore
+            return evaluate.classification(
+                run.model, data.encode_classification(records, tokenizer, self.context, labels)
+            )
+        rows = data.encode(records, tokenizer, self.context, packing=records[0].kind == "text")
+        if self.max_windows is not None:
+            rows.rows[:] = rows.rows[: self.max_windows]
+        reference = self.against
+        if reference is not None and not isinstance(reference, evaluate.Reference):
+            other = reference if isinstance(reference, Run) else load(reference, torch.float32)
+            reference = evaluate.Reference(other.model)
+        say = self.on_batch or (lambda done, total: None)
+        row = evaluate.measure(run.model, rows, reference, self.batch_size, say)
+        row.context = self.context
+        if records[0].kind == "label":
+            row.accuracy, row.accuracy_error = evaluate.accuracy(run.model, records, tokenizer, self.context)
+        return row
+
+
+def read(source: Any) -> list[data.Record]:
+    """Records from a file's path, or from objects given in Python."""
+    if isinstance(source, str | Path):
+        return data.read_records(source)
+    source = list(source)
+    return source if source and isinstance(source[0], data.Record) else data.records(source)
+
+
+def pad_id(run: Run) -> int:
+    """What rows are filled up with; it is never trained, so that any id will do."""
+    pad = run.needs_tokenizer.pad_token_id
+    return pad if pad is not None else data.end_of_text(run.tokenizer)
+
+
+STEPS: dict[str, type[Step]] = {
+    "adapt": Adapt, "grid": Grid, "freeze": Freeze, "merge": Merge, "train": Train, "evaluate": Evaluate,
+}  # fmt: skip
