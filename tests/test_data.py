@@ -225,7 +225,7 @@ def test_records_from_python():
     found = records([{"text": "a", "label": 3}], name="mine")
     assert found[0].fields == {"text": "a", "label": "3"}
     assert records(found) == found
-    with pytest.raises(InputError, match=r'^mine, index 1: missing key "label", "text"|^mine, index 1: '):
+    with pytest.raises(InputError, match=r'^mine, index 1: missing key "'):
         records([{"text": "a"}, {}], name="mine")
 
 
@@ -407,6 +407,13 @@ def test_a_token_that_is_half_header_is_trained(smollm2_tokenizer):
     data = encode(records([{"messages": messages}]), smollm2_tokenizer, 64)
     # "\n\n " is one token, and its first line break belongs to the header
     assert trained_text(data, smollm2_tokenizer) == ["\n\n  indented<|im_end|>"]
+
+
+def test_markers_in_a_template_have_the_last_word(smollm2_tokenizer):
+    content_only = MARKED.replace(" + '<|im_end|>' }}{% endgeneration %}", " }}{% endgeneration %}{{ '<|im_end|>' }}")
+    tokenizer = with_template(smollm2_tokenizer, content_only)
+    data = encode(records([{"messages": conversation([("Hi", "Hello!"), ("Bye", "See you")])}]), tokenizer, 64)
+    assert trained_text(data, tokenizer) == ["Hello!", "See you"]
 
 
 def test_everything_is_trained_on_request(smollm2_tokenizer):

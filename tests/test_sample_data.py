@@ -75,6 +75,10 @@ def short():
 
 def undocumented():
     return os
+\f
+def after_a_form_feed():
+    """Is taken apart at the right lines."""
+    return 2
 '''
     assert list(sample_data._documented_functions(source)) == [
         {
@@ -84,6 +88,10 @@ def undocumented():
         {
             "prompt": "def method(self):\n    return self\n# The docstring:\n",
             "completion": "Does something with self.",
+        },
+        {
+            "prompt": "def after_a_form_feed():\n    return 2\n# The docstring:\n",
+            "completion": "Is taken apart at the right lines.",
         },
     ]
 

@@ -123,6 +123,15 @@ def _config(path: Path) -> Any:
         raise InputError(f"{path / 'config.json'} cannot be used: {str(e).splitlines()[0][:200]}") from None
 
 
+def is_encoder(source: str | Path, revision: str | None = None) -> bool:
+    """Whether a MODEL would need a classification head to tell labels apart: its class is no causal model's."""
+    path = resolve(source, revision)
+    if not path.is_dir() or not (path / "config.json").exists():
+        return False
+    named = (read_json(path / "config.json").get("architectures") or ["?"])[0]
+    return not str(named).endswith(("ForCausalLM", "LMHeadModel"))
+
+
 def skeleton(config: Any, labels: list[str] | None = None) -> nn.Module:
     """The model of a config with its parameters on the meta device and its buffers real; ties are made."""
     import transformers

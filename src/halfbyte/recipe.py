@@ -19,19 +19,23 @@ from halfbyte.steps import STEPS, Adapt, Freeze, Grid, Merge, Step, Train
 
 @dataclass(frozen=True)
 class Method:
-    """steps: from a scheme and two sets of settings (Train's, Adapt's) to a list of steps. needs: whether --to."""
+    """steps: from a scheme and the settings of Train and of Adapt to a list of steps. needs_scheme: whether it
+    needs --to. adapts: whether it takes Adapt's settings."""
 
     steps: Callable[[Any, dict[str, Any], dict[str, Any]], list[Step]]
     needs_scheme: bool = False
+    adapts: bool = False
 
 
 METHODS: dict[str, Method] = {
     "full": Method(lambda to, train, adapt: [Train(**train)]),
-    "lora": Method(lambda to, train, adapt: [Adapt(**adapt), Train(**train)]),
-    "qlora": Method(lambda to, train, adapt: [Freeze(scheme=to or "NF4"), Adapt(**adapt), Train(**train)]),
-    "qat": Method(lambda to, train, adapt: [Grid(scheme=to), Train(**train), Freeze()], True),
-    "qat-lora": Method(lambda to, train, adapt: [Grid(scheme=to), Adapt(**adapt), Train(**train)], True),
-    "scales": Method(lambda to, train, adapt: [Freeze(scheme=to), Train(**train)], True),
+    "lora": Method(lambda to, train, adapt: [Adapt(**adapt), Train(**train)], adapts=True),
+    "qlora": Method(lambda to, train, adapt: [Freeze(scheme=to or "NF4"), Adapt(**adapt), Train(**train)], adapts=True),
+    "qat": Method(lambda to, train, adapt: [Grid(scheme=to), Train(**train), Freeze()], needs_scheme=True),
+    "qat-lora": Method(
+        lambda to, train, adapt: [Grid(scheme=to), Adapt(**adapt), Train(**train)], needs_scheme=True, adapts=True
+    ),
+    "scales": Method(lambda to, train, adapt: [Freeze(scheme=to), Train(**train)], needs_scheme=True),
 }
 
 
@@ -39,13 +43,16 @@ def method_steps(method: str, to: Any, train: Mapping[str, Any], adapt: Mapping[
     """The steps of a method. `train` may hold Adapt's keys too (r, lora_alpha ...). Raises InputError."""
     if method not in METHODS:
         raise InputError(f"--method {method}: it is {', '.join(METHODS)}.")
-    if METHODS[method].needs_scheme and to is None:
+    made = METHODS[method]
+    if made.needs_scheme and to is None:
         raise InputError(f"--method {method} needs --to SCHEME: what the result will be stored in.")
+    if to is not None and method in ("full", "lora"):
+        raise InputError(f"--method {method} takes no --to: it quantizes nothing. Train, then merge --to {to}.")
     own = {k: v for k, v in train.items() if k in Train.model_fields}
     rest = {**{k: v for k, v in train.items() if k not in own}, **(adapt or {})}
-    if rest and not any(m in method for m in ("lora",)):
+    if rest and not made.adapts:
         raise InputError(f"method {method} does not take {', '.join(rest)}.")
-    return checked(lambda: METHODS[method].steps(to, own, rest))
+    return checked(lambda: made.steps(to, own, rest))
 
 
 def merge_steps(run: Run, to: Any = None, base: str = "trained", group_size: int | None = None) -> list[Step]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from halfbyte import adapters, calibrate, data, evaluate, models
 from halfbyte.card import write_card
-from halfbyte.containers import peft
+from halfbyte.containers import container_for, peft
 from halfbyte.containers.shards import read_json
 from halfbyte.errors import InputError
 from halfbyte.formats import Format
@@ -91,6 +91,12 @@ class Run:
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 
+    def holds(self, chosen: Scheme) -> None:
+        """Raises InputError now, rather than when saving, if no folder layout holds what the scheme makes."""
+        sites = {e.name: (e.after, e.role) for e in plan(self.model, chosen) if e.after is not None}
+        if sites:
+            container_for(sites)
+
     def bits_per_weight(self) -> float:
         """Bits that the whole model takes in memory for each of its parameters."""
         n, size, _ = totals(inventory(self.model))
@@ -136,22 +142,41 @@ def load(
 
 
 def _load_adapter(path: Path, dtype: torch.dtype | None, seed: int) -> Run:
-    base, settings, states = peft.read(path)
+    base, *_ = peft.read(path)
     notes = read_json(path / NOTES) if (path / NOTES).exists() else {}
-    loaded = models.load(base, dtype or parse_dtype(notes.get("dtype")))
-    wanted = notes.get("base_sha256")
-    if wanted and wanted != loaded.sha256:
-        raise InputError(
-            f"{path}: this adapter was trained on other weights than those now at {base} "
-            f"(sha256 {wanted[:12]}..., found {loaded.sha256[:12]}...)."
-        )
-    run = Run(loaded, seed, notes)
+    run = Run(models.load(base, dtype or parse_dtype(notes.get("dtype"))), seed)
     if notes.get("stored"):
         freeze(run, to_scheme(notes["stored"]), solver(notes.get("solver", "rtn")))
     if notes.get("grid"):
         see_through(run, to_scheme(notes["grid"]))
-    put_adapter(run, settings, states, path)
+    attach_from(run, path)
+    run.notes = notes
     return run
+
+
+def attach_from(run: Run, path: Path) -> None:
+    """Attaches the LoRA of a PEFT folder. Raises InputError if it was trained on other weights (by the hash that
+    halfbyte recorded), or the model lacks one of its layers, or a shape differs."""
+    _, settings, states = peft.read(path)
+    notes = read_json(path / NOTES) if (path / NOTES).exists() else {}
+    wanted, here = notes.get("base_sha256"), run.loaded.sha256
+    if wanted and wanted != here:
+        raise InputError(
+            f"{path}: this adapter was trained on other weights than those now at {run.loaded.source} "
+            f"(sha256 {wanted[:12]}..., found {here[:12]}...)."
+        )
+    names = [n for n, op in ops(run.model) if isinstance(op, Linear)]
+    if missing := [n for n in states if n not in names]:
+        raise InputError(f"{path}: the model {run.loaded.source} has no linear layer {missing[0]!r}.")
+    for name, weight in adapters.attach(run.model, list(states), "lora", **settings).items():
+        adapter: Any = weight.adapters[adapters.NAME]
+        for key, value in states[name].items():
+            p = getattr(adapter, key.removesuffix(".weight"))
+            if p.shape != value.shape:
+                raise InputError(f"{path}: {name}.{key} has the shape {tuple(value.shape)}, not {tuple(p.shape)}.")
+            p.data.copy_(value)
+    run.model.eval()
+    run.notes["adapter"] = {"adapter": "lora", **settings}
 
 
 def see_through(run: Run, chosen: Scheme, how: str = "minmax") -> None:
@@ -194,19 +219,3 @@ def to_scheme(given: Any, group_size: int | None = None) -> Scheme:
         return scheme(given, group_size)
     own = custom(given)
     return own if group_size is None else own.with_group(group_size)
-
-
-def put_adapter(run: Run, settings: dict[str, Any], states: dict[str, dict[str, torch.Tensor]], path: Path) -> None:
-    """Attaches a LoRA that was read from a PEFT folder. Raises InputError if the model lacks one of its layers or
-    a shape differs."""
-    names = [n for n, op in ops(run.model) if isinstance(op, Linear)]
-    if missing := [n for n in states if n not in names]:
-        raise InputError(f"{path}: the model {run.loaded.source} has no linear layer {missing[0]!r}.")
-    for name, weight in adapters.attach(run.model, list(states), "lora", **settings).items():
-        adapter: Any = weight.adapters[adapters.NAME]
-        for key, value in states[name].items():
-            p = getattr(adapter, key.removesuffix(".weight"))
-            if p.shape != value.shape:
-                raise InputError(f"{path}: {name}.{key} has the shape {tuple(value.shape)}, not {tuple(p.shape)}.")
-            p.data.copy_(value)
-    run.model.eval()

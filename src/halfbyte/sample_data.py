@@ -40,8 +40,8 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef
 def domain_text(seed: int = 0, fraction: float = 0.12) -> Split:
     """{"text"} records, one a topic of the language reference, about `fraction` of the characters held out.
 
-    Topics with a passage in common are on the same side, and a topic of which less than a tenth is new is left
-    out. Raises InputError if this Python comes without the reference.
+    Topics with a passage in common are on the same side; a topic of which less than a tenth is new is left out.
+    Raises InputError if this Python comes without the reference.
     """
     try:
         from pydoc_data.topics import topics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from halfbyte import adapters, data, evaluate, layers, models
 from halfbyte.errors import InputError
-from halfbyte.run import Run, disk_bytes, freeze, load, see_through, to_scheme
+from halfbyte.run import Run, attach_from, disk_bytes, freeze, load, see_through, to_scheme
 from halfbyte.solvers import solver
 from halfbyte.train import TrainingArguments, train
 
@@ -30,13 +31,22 @@ class Step(BaseModel):
 
 
 class Adapt(Step):
-    """Adds an adapter to every weight that target_modules meets. Further keys are the adapter's settings."""
+    """Adds an adapter to every weight that target_modules meets. Further keys are the adapter's settings.
+
+    path: go on from a PEFT adapter folder instead; its settings and targets then hold.
+    """
 
     model_config = ConfigDict(extra="allow")
     adapter: str = "lora"
     target_modules: str | list[str] = "all-linear"
+    path: str | None = None
 
     def __call__(self, run: Run) -> None:
+        if adapters.attached(run.model):
+            return  # the model was an adapter folder: training goes on with it
+        if self.path is not None:
+            attach_from(run, Path(self.path))
+            return
         torch.manual_seed(run.seed)  # so that A does not depend on what ran before
         names = adapters.targets(run.model, models.roles(run.model), self.target_modules)
         try:
@@ -141,6 +151,8 @@ class Train(Step):
         what = trainable(run.model)
         args = self._arguments(what, len(rows), run)
         stream = data.batches(rows, self.batch_size, seed=run.seed, pad_token_id=pad_id(run))
+        if held is not None and not args.eval_steps:
+            args = replace(args, eval_steps=max(1, args.steps // 10))
         if self.on_start:
             self.on_start(rows, held, args, what)
         torch.manual_seed(run.seed)
@@ -150,6 +162,7 @@ class Train(Step):
         )  # fmt: skip
         settle(run.model)
         run.notes |= {
+            "base_sha256": run.loaded.sha256, "dtype": str(run.loaded.config.dtype).removeprefix("torch."),
             "data_sha256": rows.sha256, "data_kind": rows.kind, "data_tokens": rows.tokens, "trained": what,
             "training": {**vars(args), "batch_size": self.batch_size, "max_length": self.max_length, "seed": run.seed},
         }  # fmt: skip

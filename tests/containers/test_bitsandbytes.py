@@ -4,12 +4,19 @@ import json
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from halfbyte import kernels
 from halfbyte.containers import bitsandbytes as container
@@ -31,9 +38,9 @@ def tiny_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
         vocab_size=128,
         pad_token_id=0,
         tie_word_embeddings=False,
-        dtype=dtype,
     )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    # not .to(dtype), which would cast the rotary frequencies too
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def save(model: nn.Module, folder, format_of) -> None:
@@ -124,11 +131,8 @@ def test_conv1d_is_held_as_a_linear(tmp_path):
         torch.testing.assert_close(load(tmp_path)(IDS).logits, model(IDS).logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize(("kind", "double"), [("nf4", False), ("nf4", True), ("fp4", False)])
 def test_a_folder_written_by_bitsandbytes_is_read_with_the_same_codes(tmp_path, kind, double):
-    if kind == "fp4" and double:
-        pytest.skip("no format for it; refused, see below")
     tiny_llama(torch.bfloat16).save_pretrained(tmp_path / "dense")
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -154,8 +158,6 @@ def test_a_folder_written_by_bitsandbytes_is_read_with_the_same_codes(tmp_path, 
                 assert bytes(t.tolist()) == bytes(shards.get(k).tolist())
             else:
                 assert torch.equal(t, shards.get(k)), k
-        from bitsandbytes.functional import dequantize_4bit
-
         assert torch.equal(q.dequantize(), dequantize_4bit(m.weight.data, m.weight.quant_state))
 
 
@@ -172,7 +174,7 @@ def test_the_config_is_that_of_transformers():
     assert ours == json.loads(json.dumps(theirs.to_dict()))
 
 
-@given(st.sampled_from([*NAMES, "nf4-g4096-dq", "fp4-bnb-g128"]), st.integers(0, 5), st.integers(1, 3))
+@given(st.sampled_from([*NAMES, "nf4-g4096-dq", "fp4-bnb-g128"]), st.integers(1, 5), st.integers(1, 3))
 def test_decode_is_the_inverse_of_encode(name, rows, blocks):
     f = parse(name)
     assert isinstance(f.group, int)
@@ -311,17 +313,12 @@ def test_tensors_of_the_wrong_size_or_dtype(name):
     good = written(name)
     for key in good:
         shorter = good[key].flatten()[:-1]
-        for bad in (shorter, good[key].double(), good[key].flatten()[:0], torch.tensor(7), good[key].bool()):
+        for bad in (shorter, good[key].double(), good[key].flatten()[:0], torch.tensor(7), good[key].int()):
             with pytest.raises(InputError, match=r"a\b"):
                 read(good | {key: bad})
-        with pytest.raises(InputError, match=r"missing|not stored") if key != STATE else _nothing():
-            read({k: t for k, t in good.items() if k != key})
-
-
-def _nothing():
-    import contextlib
-
-    return contextlib.nullcontext()
+        if key != STATE:
+            with pytest.raises(InputError, match=rf"{key}.*missing"):
+                read({k: t for k, t in good.items() if k != key})
 
 
 @pytest.mark.parametrize("key", ["quant_map", "nested_quant_map"])

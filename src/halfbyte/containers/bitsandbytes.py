@@ -178,7 +178,10 @@ def decode(name: str, f: Format, shape: tuple[int, ...], get: Get) -> QTensor:
     stored = get(weight)  # of any dtype: bnb_4bit_quant_storage only changes what the bytes are called
     codes = _swap_nibbles(stored.contiguous().reshape(-1).view(torch.uint8))
     scale = _absmax(weight, f, f.groups(shape), state, get)
-    return check_parts(QTensor(f, shape, dtype, {"codes": codes, "scale": scale}))
+    try:
+        return check_parts(QTensor(f, shape, dtype, {"codes": codes, "scale": scale}))
+    except InputError as e:
+        raise InputError(f"{weight}: {e}") from None
 
 
 def _check_map(full: str, f: Format, get: Get) -> None:
@@ -197,7 +200,7 @@ def _absmax(weight: str, f: Format, groups: tuple[int, ...], state: Mapping[str,
     _check_map(f"{weight}.nested_quant_map", nested, get)
     outer = _typed(f"{weight}.nested_absmax", torch.float32, nested.groups(groups), get)
     offset = torch.tensor(float(state["nested_offset"]), dtype=torch.float32)
-    return check_parts(QTensor(nested, groups, torch.float32, {"codes": absmax, "scale": outer, "offset": offset}))
+    return QTensor(nested, groups, torch.float32, {"codes": absmax, "scale": outer, "offset": offset})
 
 
 def _typed(full: str, dtype: torch.dtype, shape: tuple[int, ...], get: Get) -> Tensor:

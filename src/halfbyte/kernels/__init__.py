@@ -13,7 +13,7 @@ from halfbyte.kernels.search import SEARCHES
 from halfbyte.kernels.search import qparams as _qparams
 from halfbyte.qtensor import QParams, QTensor
 
-__all__ = ["SEARCHES", "dequantize", "fake", "linear", "linear_grad", "qparams", "quantize"]
+__all__ = ["SEARCHES", "dequantize", "fake", "linear", "linear_grad", "qparams", "quantize", "served_by"]
 
 
 def qparams(w: Tensor, format: str | Format, how: str | None = None, weight: Tensor | None = None) -> QParams:
@@ -49,3 +49,9 @@ def linear(x: Tensor, q: QTensor, bias: Tensor | None = None) -> Tensor:
 def linear_grad(dy: Tensor, q: QTensor) -> Tensor:
     """dy (..., out) times q (out, in): the gradient that `linear` passes to x."""
     return reference.linear_grad(dy, q)
+
+
+def served_by() -> dict[str, str]:
+    """Which kernel serves each job, and why no faster one does."""
+    why = "reference (torch): there is no other kernel yet"
+    return dict.fromkeys(("quantize", "dequantize", "fake", "linear", "linear_grad"), why)

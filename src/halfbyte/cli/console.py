@@ -1,0 +1,87 @@
+"""What the verbs share: their common options, and who gets which output."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from halfbyte.plan import Entry
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, .gguf file or adapter folder.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, and nothing else there.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if left out.")]
+GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale; never changed once given.")]
+
+
+def say(line: str) -> None:
+    """Progress and messages go to standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def emit(values: dict[str, Any]) -> None:
+    """The one JSON object of --json; numbers that JSON has no word for become null."""
+    print(json.dumps(_finite(values), default=str))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def show_plan(entries: list[Entry]) -> None:
+    """What becomes of the parameters, those that fare alike on one line."""
+    from halfbyte.plan import summary, totals
+
+    for becomes, count, example, before, after, why in summary(entries):
+        more = f"{count} x {example}" if count > 1 else example
+        say(f"  {becomes:18} {more:50} {before / 1e6:9.2f} -> {after / 1e6:8.2f} MB  {why}".rstrip())
+    n, before, after = totals(entries)
+    say(f"  {n:,} parameters: {before / 1e6:.1f} -> {after / 1e6:.1f} MB, {8 * after / n:.2f} bits a weight")
+
+
+def progress(what: str, every: float = 2.0) -> Callable[[int, int], None]:
+    """A callback (done, total) that says so, at most every few seconds and at the end."""
+    last = time.monotonic()
+
+    def on(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= every or (done == total and total > 1):
+            last = time.monotonic()
+            say(f"{what} {done}/{total}")
+
+    return on
+
+
+def training_progress(total: int, every: float = 5.0) -> Callable[[dict[str, float]], None]:
+    """A callback for rows of the loss curve: loss, speed, time left."""
+    began = last = time.monotonic()
+    recent: list[float] = []
+
+    def on(row: dict[str, float]) -> None:
+        nonlocal last
+        recent.append(row["loss"])
+        now, step = time.monotonic(), int(row["step"])
+        if now - last < every and step != total and "eval_loss" not in row:
+            return
+        last = now
+        left = (now - began) / step * (total - step)
+        held = f", held-out {row['eval_loss']:.4f}" if "eval_loss" in row else ""
+        mean = sum(recent) / len(recent)
+        recent.clear()
+        say(f"step {step}/{total}: loss {mean:.4f}{held}, {row['tokens_per_second']:.0f} tokens/s, {left:.0f} s left")
+
+    return on

@@ -1,0 +1,69 @@
+"""halfbyte generate MODEL --prompt TEXT"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from halfbyte.cli.console import Dtype, Json, ModelArgument, Revision, emit, say
+
+
+def command(
+    model: ModelArgument,
+    prompt: Annotated[str | None, typer.Option(help="What to go on from; without it, on a terminal, a chat.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Through the model's chat template.")] = False,
+    max_new_tokens: int = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: int = 0,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    json: Json = False,
+) -> None:
+    """Let a model write: go on from a prompt, answer it, or chat."""
+    import torch
+
+    from halfbyte import run
+    from halfbyte.errors import InputError
+    from halfbyte.generate import generate
+
+    if prompt is None and not sys.stdin.isatty():
+        raise InputError("--prompt is missing, and there is no terminal to chat on.")
+    if max_new_tokens < 1 or temperature < 0:
+        raise InputError("--max-new-tokens must be at least 1 and --temperature at least 0.")
+    loaded = run.load(model, dtype, revision)
+    tokenizer = loaded.needs_tokenizer
+    torch.manual_seed(seed)
+    if prompt is None:
+        _chat(loaded, max_new_tokens, temperature)
+        return
+    show = (lambda text: None) if json else (lambda text: print(text, end="", flush=True))
+    out = generate(loaded.model, tokenizer, prompt, max_new_tokens, chat, temperature, show)
+    if json:
+        emit({"text": out.text, "tokens": out.tokens, "tokens_per_second": out.tokens_per_second})
+    else:
+        print()
+        say(f"{out.tokens} tokens, {out.tokens_per_second:.1f} a second")
+
+
+def _chat(loaded: Any, max_new_tokens: int, temperature: float) -> None:
+    """Turns on a terminal until an empty line or end of file."""
+    from halfbyte.generate import generate
+
+    say("An empty line ends the chat.")
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            said = input("you: ").strip()
+        except EOFError:
+            return
+        if not said:
+            return
+        messages.append({"role": "user", "content": said})
+        out = generate(
+            loaded.model, loaded.tokenizer, messages, max_new_tokens, True, temperature,
+            lambda text: print(text, end="", flush=True),
+        )  # fmt: skip
+        print()
+        messages.append({"role": "assistant", "content": out.text})

@@ -1,0 +1,74 @@
+"""halfbyte merge DIR -o DIR2 [--to SCHEME]"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from halfbyte.cli.console import GroupSize, Json, Output, Overwrite, emit, progress, say
+
+
+def command(
+    adapter: Annotated[str, typer.Argument(metavar="DIR", help="An adapter folder.")],
+    output: Output,
+    to: Annotated[str | None, typer.Option(help="Quantize the result; a QAT-LoRA run takes its own scheme.")] = None,
+    group_size: GroupSize = None,
+    base: Annotated[
+        str, typer.Option(help="trained: what the adapter was trained on; original: the 16-bit one.")
+    ] = "trained",
+    data: Annotated[
+        str | None, typer.Option(help="What the difference is measured on; the run's own if left out.")
+    ] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Fold an adapter into its base, and measure the difference to the unmerged model."""
+    from halfbyte import run
+    from halfbyte.folders import check_free, whole
+    from halfbyte.recipe import merge_steps
+    from halfbyte.run import disk_bytes, to_scheme
+
+    check_free(output, overwrite)
+    scheme = None if to is None else to_scheme(to, group_size)
+    merged = run.load(adapter)
+    text = data or _recorded(merged.notes)
+    for step in merge_steps(merged, scheme, base):
+        step(merged)
+    with whole(output, overwrite) as partial:
+        row: dict[str, Any] = {}
+        if text is not None:
+            # what is measured is what was written, read back; the row then goes into its ledger
+            merged.write(partial, output)
+            row = _difference(str(partial), adapter, text)
+            merged.rows.append(("merged, against unmerged", row))
+            (partial / "ledger.json").unlink(missing_ok=True)
+        merged.write(partial, output)
+    if row:
+        say(
+            f"merged against unmerged on {row['tokens']} tokens of {text}: mean KL {row['kl_mean']:.3g}, "
+            f"top-1 agreement {100 * row['top1_agreement']:.2f}%, loss {row['loss_difference']:+.5f}"
+        )
+    else:
+        say("the difference was not measured: the run's data is not where it was; add --data FILE.")
+    if json:
+        emit({"output": str(output), "bytes": disk_bytes(output), **row})
+
+
+def _recorded(notes: dict[str, Any]) -> str | None:
+    """The run's held-out data if it is still there, else its training data."""
+    return next((p for k in ("eval_data", "data") if (p := notes.get(k)) and Path(p).is_file()), None)
+
+
+def _difference(merged: str, adapter: str, text: str, windows: int = 8) -> dict[str, Any]:
+    from halfbyte import run
+    from halfbyte.evaluate import Reference
+    from halfbyte.steps import Evaluate
+
+    again = run.load(merged)
+    Evaluate(
+        data=text, against=Reference(run.load(adapter).model), max_windows=windows, stage="merged",
+        on_batch=progress("measuring the merge"),
+    )(again)  # fmt: skip
+    return again.rows[-1][1]

@@ -1,0 +1,36 @@
+"""halfbyte plan MODEL --to SCHEME"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from halfbyte.cli.console import GroupSize, Json, ModelArgument, Revision, emit, say, show_plan
+
+
+def command(
+    model: ModelArgument,
+    to: Annotated[str, typer.Option(help="A scheme, or a format's name.")],
+    group_size: GroupSize = None,
+    revision: Revision = None,
+    json: Json = False,
+) -> None:
+    """Say what would become of every parameter, and do nothing."""
+    from halfbyte import models
+    from halfbyte.plan import plan, totals
+    from halfbyte.run import to_scheme
+
+    scheme = to_scheme(to, group_size)
+    entries = plan(models.load(model, revision=revision, weights=False).model, scheme)
+    n, before, after = totals(entries)
+    if json:
+        rows = [
+            {"name": e.name, "shape": e.shape, "before": e.before, "after": e.after.name if e.after else e.before,
+             "bytes_before": e.bytes_before, "bytes": e.bytes_after, "why": e.why, "tied_to": e.tied_to}
+            for e in entries
+        ]  # fmt: skip
+        emit({"scheme": scheme.name, "parameters": rows, "count": n, "bytes_before": before, "bytes": after})
+    else:
+        say(f"{model} -> {scheme.name}:")
+        show_plan(entries)

@@ -1,0 +1,130 @@
+"""halfbyte train MODEL --data FILE --method METHOD -o DIR"""
+
+from __future__ import annotations
+
+import json as json_module
+from typing import Annotated, Any
+
+import typer
+
+from halfbyte.cli.console import (
+    Dtype,
+    GroupSize,
+    Json,
+    ModelArgument,
+    Output,
+    Overwrite,
+    Revision,
+    emit,
+    say,
+    training_progress,
+)
+
+
+def command(
+    model: ModelArgument,
+    data: Annotated[str, typer.Option(help=".jsonl, .json or .txt: text, messages, prompt/completion, text/label.")],
+    output: Output,
+    method: Annotated[str, typer.Option(help="full, lora, qlora, qat, qat-lora or scales.")] = "lora",
+    to: Annotated[str | None, typer.Option(help="The scheme of qat, qat-lora, scales; of qlora's base (NF4).")] = None,
+    group_size: GroupSize = None,
+    eval_data: Annotated[str | None, typer.Option(help="Held-out data, measured while training.")] = None,
+    eval_split: Annotated[float, typer.Option(help="Or this share of the data, by record.")] = 0.0,
+    eval_steps: Annotated[int, typer.Option(help="Steps between held-out losses; 0 is ten times a run.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Steps in all; the data is cycled.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Or passes over the data (3 if neither is given).")] = None,
+    batch_size: int = 8,
+    gradient_accumulation_steps: int = 1,
+    max_length: Annotated[int, typer.Option(help="Tokens a row; longer text is split, never dropped.")] = 512,
+    packing: Annotated[bool, typer.Option(help="Several samples share a row.")] = True,
+    lr: Annotated[float | None, typer.Option(help="2e-4 adapters, 2e-5 full, 1e-5 qat, 1e-4 scales.")] = None,
+    lr_scheduler_type: str = "cosine",
+    warmup_ratio: float = 0.03,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, a third more time.")] = False,
+    seed: int = 0,
+    r: Annotated[int, typer.Option("--r", help="The rank of LoRA.")] = 16,
+    lora_alpha: float = 32,
+    lora_dropout: float = 0.0,
+    use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by alpha / sqrt(r).")] = False,
+    target_modules: Annotated[str, typer.Option(help="all-linear, a comma-separated list, or a regex.")] = "all-linear",
+    adapter: Annotated[str | None, typer.Option(help="Go on from this adapter folder.")] = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Fine-tune a model: all of it, LoRA, QLoRA, quantization-aware, or only its scales."""
+    from halfbyte.folders import check_free, whole
+    from halfbyte.recipe import METHODS, method_steps
+    from halfbyte.run import to_scheme
+
+    check_free(output, overwrite)
+    scheme = None if to is None else to_scheme(to, group_size)
+    settings: dict[str, Any] = {
+        "data": data, "eval_data": eval_data, "eval_split": eval_split, "eval_steps": eval_steps, "steps": steps,
+        "epochs": epochs, "batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps,
+        "max_length": max_length, "packing": packing, "learning_rate": lr, "lr_scheduler_type": lr_scheduler_type,
+        "warmup_ratio": warmup_ratio, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm,
+        "gradient_checkpointing": gradient_checkpointing, "on_start": _announce, "on_step": _step,
+    }  # fmt: skip
+    adapt: dict[str, Any] = {
+        "r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "use_rslora": use_rslora,
+        "target_modules": target_modules.split(",") if "," in target_modules else _one(target_modules),
+        "path": adapter,
+    }  # fmt: skip
+    plan = method_steps(method, scheme, settings, adapt if METHODS.get(method, METHODS["lora"]).adapts else None)
+    run = _load(model, data, dtype, revision, seed)
+    if scheme is not None and method in ("qat", "scales"):
+        run.holds(scheme)
+    for step in plan:
+        say(f"{type(step).__name__.lower()} ...")
+        step(run)
+    assert run.log is not None
+    with whole(output, overwrite) as partial:
+        run.rows.append((f"trained ({method})", {"loss": run.log.curve[-1]["loss"], **_held(run.log.curve)}))
+        run.write(partial, output)
+        (partial / "curve.jsonl").write_text("".join(json_module.dumps(row) + "\n" for row in run.log.curve))
+    summary = run.log.summary()
+    say(f"{output}: {summary['steps']} steps in {summary['seconds']:.0f} s, loss {summary['loss']:.4f}")
+    if json:
+        emit({"output": str(output), "method": method, **summary, **_held(run.log.curve)})
+
+
+def _one(target: str) -> str | list[str]:
+    """A single word is a layer's name or ending; anything else a regular expression."""
+    return [target] if target.replace("_", "").isalnum() and target != "all-linear" else target
+
+
+def _held(curve: list[dict[str, float]]) -> dict[str, float]:
+    return next(({"eval_loss": row["eval_loss"]} for row in reversed(curve) if "eval_loss" in row), {})
+
+
+def _load(model: str, data: str, dtype: str | None, revision: str | None, seed: int) -> Any:
+    """The model; a classifier of the data's labels where the architecture is an encoder."""
+    from halfbyte import models, run
+    from halfbyte.data import label_choices, read_records
+
+    records = read_records(data)  # before the model: bad data should fail first
+    labels = label_choices(records) if records[0].kind == "label" and models.is_encoder(model, revision) else None
+    return run.load(model, dtype, revision, seed, labels)
+
+
+_progress: Any = None
+
+
+def _announce(rows: Any, held: Any, args: Any, what: str) -> None:
+    global _progress
+    _progress = training_progress(args.steps)
+    held_out = "" if held is None else f", {held.target_tokens} held-out targets"
+    say(
+        f"training {what}: {len(rows)} rows of {rows.kind}, {rows.tokens} tokens of which {rows.target_tokens} are "
+        f"targets{held_out}; {args.steps} steps, lr {args.learning_rate:g}"
+    )
+    if rows.skipped:
+        say(f"{rows.skipped} pieces of long prompts hold no target and are left out.")
+
+
+def _step(row: dict[str, float]) -> None:
+    _progress(row)
