@@ -140,6 +140,13 @@ def test_swapping_keeps_training_and_gradients():
     assert model.lm_head.weight.stored.grad is not None
 
 
+def test_a_frozen_conv1d_stays_frozen():
+    model = gpt2()
+    model.transformer.h[0].attn.c_attn.weight.requires_grad_(False)
+    h = swap(model).transformer.h
+    assert [b.attn.c_attn.weight.stored.requires_grad for b in h] == [False, True]
+
+
 def test_swapping_works_on_the_meta_device():
     with torch.device("meta"):
         model = swap(llama())

@@ -10,6 +10,6 @@ from halfbyte.run import Run
 
 __version__ = "0.1.0"
 __all__ = [
-    "FORMATS", "Affine", "BudgetExceeded", "InputError", "Model", "QParams", "QTensor", "Run", "dequantize", "fake", "load",
-    "quantize",
+    "FORMATS", "Affine", "BudgetExceeded", "InputError", "Model", "QParams", "QTensor", "Run", "dequantize", "fake",
+    "load", "quantize",
 ]  # fmt: skip

@@ -60,7 +60,7 @@ def _by_block(model: nn.Module, chosen: Mapping[str, Format]) -> list[tuple[str,
     return [*out, ("", list(rest))] if rest else out
 
 
-class _Stop(Exception):
+class _Reached(Exception):
     """The first block was reached: its inputs are known."""
 
 
@@ -78,7 +78,7 @@ class _Feed:
             kwargs = dict(kwargs)
             self.inputs.append(args[0] if args else kwargs.pop("hidden_states"))
             self._kwargs.append(kwargs)
-            raise _Stop
+            raise _Reached
 
         handle = first[0][1].register_forward_pre_hook(catch, with_kwargs=True)
         try:
@@ -86,7 +86,7 @@ class _Feed:
                 with torch.inference_mode():
                     try:
                         model(**batch.inputs)
-                    except _Stop:
+                    except _Reached:
                         continue
         finally:
             handle.remove()

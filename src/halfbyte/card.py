@@ -25,7 +25,7 @@ def write_card(run: Run, folder: Path, final: Path) -> None:
         *front,
         f"# {final.name}",
         "",
-        f"Made by halfbyte from `{Path(base).name if Path(base).exists() else base}` (weights sha256 `{run.loaded.sha256[:16]}`).",
+        f"Made by halfbyte from `{_name(base)}` (weights sha256 `{run.loaded.sha256[:16]}`).",
         f"Licence: {licence or 'that of the base model, which does not state one'}.",
         "",
         "## Recipe",
@@ -37,6 +37,11 @@ def write_card(run: Run, folder: Path, final: Path) -> None:
     if run.rows:
         lines += ["", "## Ledger", "", *ledger_table(run.rows)]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _name(source: str) -> str:
+    """A hub id as it is; of a path only its last part: where it lay is nobody's business."""
+    return Path(source).name if Path(source).exists() else source
 
 
 def _licence(run: Run) -> str | None:

@@ -27,7 +27,7 @@ class Codes(nn.Module):
         self._q = q
         self._names = {name: name.replace(".", "_") for name in q.tensors()}
         for name, part in q.tensors().items():
-            self.register_buffer(self._names[name], part)
+            self.register_buffer(self._names[name], part.detach())
         if learn:
             scale = q.parts["scale"]
             if isinstance(scale, QTensor):
@@ -52,7 +52,8 @@ class Codes(nn.Module):
         """Follows `.to(device)`; a cast (`.half()`, `.to(dtype)`) leaves the parts as they are."""
 
         def keep_dtype(t: Tensor) -> Tensor:
-            return t.to(fn(t.new_empty(0)).device)
+            device = fn(t.new_empty(0)).device
+            return torch.empty_like(t, device=device) if t.is_meta else t.to(device)
 
         return super()._apply(keep_dtype, recurse)  # pyright: ignore[reportReturnType]
 
@@ -117,7 +118,7 @@ class Weight(nn.Module):
         self.stored = stored
         self.adapters = nn.ModuleDict()
         self.grid = None
-        self._seen: tuple[object, QTensor] | None = None
+        self._seen: tuple[object, object, QTensor] | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -146,8 +147,13 @@ class Weight(nn.Module):
     def store(self, value: Tensor | QTensor, learn: bool = False) -> None:
         """Puts in a float tensor (as a frozen Parameter) or codes in place of what was stored."""
         new = Codes(value, learn) if isinstance(value, QTensor) else nn.Parameter(value, requires_grad=False)
+        self._seen = None
         del self.stored  # a Parameter and a module of one name would both stay registered
         self.stored = new
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Weight:
+        self._seen = None  # a cast changes tensors without counting it
+        return super()._apply(fn, recurse)  # pyright: ignore[reportReturnType]
 
     def base(self) -> Tensor:
         """stored as a float tensor; differentiable where it is trained."""
@@ -174,11 +180,15 @@ class Weight(nn.Module):
             if isinstance(self.stored, Codes) and not self.adapters:
                 return self.stored.q
             raise InputError("this weight is a float: it has no codes.")
-        state = tuple((id(t), t._version) for t in [*self.parameters(), *self.buffers()])
+        sources = [*self.parameters(), *self.buffers()]
+        if any(t.is_inference() for t in sources):  # these do not count their changes
+            return self.grid.quantize(self.sum())
+        state = (id(self.grid), self.grid.how, *((id(t), t._version, t.data_ptr()) for t in sources))
         if self._seen is None or self._seen[0] != state:
             with torch.no_grad():
-                self._seen = (state, self.grid.quantize(self.sum()))
-        return self._seen[1]
+                # the sources are held so that nothing else can take their ids
+                self._seen = (state, (self.grid, sources), self.grid.quantize(self.sum()))
+        return self._seen[2]
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -242,6 +252,7 @@ class Embedding(nn.Module):
     """Rows of a Weight (tokens, width), looked up; `scale` multiplies them where a model does so (Gemma)."""
 
     transposed = False
+    embed_scale: Tensor | None
 
     def __init__(self, weight: Weight, padding_idx: int | None = None, scale: Tensor | None = None) -> None:
         super().__init__()

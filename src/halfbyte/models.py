@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from halfbyte.containers import CONTAINERS, Container, container_for
 from halfbyte.containers.shards import Shards, read_json, sha256_of, write_shards
 from halfbyte.errors import InputError
 from halfbyte.formats import Format
-from halfbyte.layers import Codes, Linear, Op, Weight, ops, swap, weights
+from halfbyte.layers import Codes, Linear, Op, ops, swap
 from halfbyte.qtensor import QTensor
 
 
@@ -27,12 +27,11 @@ class Loaded:
     source: what the user named; path: where it was found on this machine; sha256: of its weight files.
     """
 
-    model: nn.Module
+    model: Any  # a transformers model; typed so since its attributes are its class's own
     tokenizer: Any
     source: str
     path: Path
     sha256: str = ""
-    extras: dict[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> Any:
@@ -87,7 +86,7 @@ def load(
         del config.quantization_config
     shards = Shards.of_folder(path)
     model = skeleton(config, labels)
-    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    dtype = torch.float32 if (dtype := dtype or config.dtype) is None else dtype
     config.dtype = dtype
     names = _names(model, shards, path)
     if names is None:
@@ -132,7 +131,7 @@ def is_encoder(source: str | Path, revision: str | None = None) -> bool:
     return not str(named).endswith(("ForCausalLM", "LMHeadModel"))
 
 
-def skeleton(config: Any, labels: list[str] | None = None) -> nn.Module:
+def skeleton(config: Any, labels: list[str] | None = None) -> Any:
     """The model of a config with its parameters on the meta device and its buffers real; ties are made."""
     import transformers
     from accelerate import init_empty_weights
@@ -144,11 +143,11 @@ def skeleton(config: Any, labels: list[str] | None = None) -> nn.Module:
     else:
         named = getattr(transformers, (getattr(config, "architectures", None) or ["?"])[0], None)
         mapping = transformers.AutoModelForCausalLM._model_mapping
-        cls = named or (mapping[type(config)] if type(config) in mapping else None)
+        cls = named or mapping.get(type(config), None)
     if cls is None:
         raise InputError(f"transformers has no model class for architectures {config.architectures}.")
     with init_empty_weights(include_buffers=False):
-        model = cls(config)
+        model: Any = cls(config)  # pyright: ignore[reportCallIssue]
     model.tie_weights()
     model.generation_config = getattr(model, "generation_config", None)
     return model
@@ -174,7 +173,7 @@ def _names(model: nn.Module, shards: Shards, path: Path) -> dict[str, str] | Non
     return None
 
 
-def _by_transformers(cls: Any, path: Path, dtype: torch.dtype) -> nn.Module:
+def _by_transformers(cls: Any, path: Path, dtype: torch.dtype) -> Any:
     """The whole model through from_pretrained: for checkpoints whose tensors it renames or fuses."""
     try:
         model, info = cls.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
@@ -198,8 +197,9 @@ def _load_gguf(source: str | Path, path: Path, dtype: torch.dtype) -> Loaded:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as e:
         raise InputError(f"{path} cannot be read as a gguf model: {str(e).splitlines()[0][:200]}") from None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    config: Any = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     model.config.dtype = dtype
     swap(model)
     return Loaded(model.eval(), tokenizer, str(source), path, sha256_of([path]))
@@ -343,7 +343,7 @@ def tensors(model: nn.Module, container: Container | None) -> Iterator[tuple[str
             value = op.weight.value().detach()
             yield f"{name}.weight", value.T if op.transposed else value
     for name, m in model.named_modules():
-        if isinstance(m, Weight) or any(f".{part}." in f".{name}." for part in ()) or _within(name, inside):
+        if _within(name, inside):
             continue
         for key, p in m.named_parameters(recurse=False):
             yield f"{name}.{key}" if name else key, p.detach()
@@ -385,30 +385,3 @@ def save(loaded: Loaded, folder: Path) -> Container | None:
 def _format(op: Op) -> Format:
     assert op.weight.format is not None
     return op.weight.format
-
-
-def nbytes(items: Iterable[Weight | Tensor]) -> int:
-    """Bytes that weights and tensors take in memory."""
-    total = 0
-    for item in items:
-        if isinstance(item, Weight):
-            total += item.stored.q.nbytes if isinstance(item.stored, Codes) else item.stored.nbytes
-        else:
-            total += item.nbytes
-    return total
-
-
-__all__ = [
-    "Checkpoint",
-    "Loaded",
-    "blocks",
-    "load",
-    "nbytes",
-    "resolve",
-    "roles",
-    "save",
-    "skeleton",
-    "tensors",
-    "tied",
-    "weights",
-]

@@ -103,9 +103,9 @@ class QTensor:
     def dequantize(self) -> Tensor:
         """The tensor that the parts stand for, computed in float32 and rounded once to the source's dtype."""
         value = ungrouped(decode(self.codes, self.format, self.qparams), self.shape)
-        if "offset" in self.parts:
-            value = value + self.parts["offset"]
-        return value.to(self.dtype)
+        offset = self.parts.get("offset", 0.0)
+        assert not isinstance(offset, QTensor)
+        return (value + offset if self.format.center else value).to(self.dtype)
 
     @property
     def has_rows(self) -> bool:

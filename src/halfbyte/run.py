@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from halfbyte import adapters, calibrate, data, evaluate, models
 from halfbyte.card import write_card
@@ -42,7 +41,7 @@ class Run:
     rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> Any:
         """A plain nn.Module: generate(), other trainers, torch.compile take it."""
         return self.loaded.model
 

@@ -154,6 +154,22 @@ def test_an_unknown_name_is_refused_everywhere():
             call(torch.ones(2, 64), "int4-g46x")
 
 
+def test_an_integer_zero_point_is_rounded_and_clamped_when_stored():
+    p = QParams(torch.ones(1, 4), torch.tensor([[-3.0, 2.7, 2.2, 99.0]]))
+    q = kernels.quantize(torch.zeros(1, 8), "uint4-g2", p)
+    assert torch.equal(q.parts["zero"], torch.tensor([[0, 3, 2, 15]], dtype=torch.uint8))
+    assert (q.dequantize() == 0).all()
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q4_1", "int4-g32"])
+def test_a_scale_too_large_for_its_dtype_is_the_largest_one(name):
+    f, w = FORMATS[name], torch.full((1, 32), 1e4).half()
+    p = QParams(torch.full((1, 1), -1e30), None if f.zero is None else torch.full((1, 1), 1e30))
+    q = kernels.quantize(w, f, p)
+    assert q.qparams.scale.item() == -65504
+    assert f.zero is None or q.qparams.zero.item() == 65504
+
+
 # ---- gradients
 
 
@@ -177,7 +193,7 @@ def test_gradients_are_those_of_the_papers(name):
     w = torch.randn(6, 16, requires_grad=True)
     p = kernels.qparams(w.detach(), f, "minmax")
     scale = (p.scale * 0.6).requires_grad_()  # some are clipped
-    zero = None if p.zero is None else p.zero.clone().requires_grad_()
+    zero = None if p.zero is None else (p.zero + 0.7).requires_grad_()
     grad = torch.randn(6, 16)
     kernels.fake(w, f, QParams(scale, zero)).backward(grad)
     dw, dscale, dzero = formula(w.detach(), scale.detach(), None if zero is None else zero.detach(), f, grad)
@@ -306,6 +322,12 @@ def test_many_double_quantized_constants():
     _, state = quantize_4bit(w, quant_type="nf4", compress_statistics=True)
     assert isinstance(scale, QTensor)
     assert torch.equal(scale.codes, state.absmax)
+
+
+def test_an_empty_double_quantized_tensor_has_an_offset_of_zero():
+    scale = kernels.quantize(torch.zeros(0, 64), "nf4-g64-dq").parts["scale"]
+    assert isinstance(scale, QTensor)
+    assert scale.parts["offset"] == 0
 
 
 def test_double_quantization_reads_as_bitsandbytes_reads_it():

@@ -153,13 +153,13 @@ def _format(args: Any, name: str) -> Format:
 
 def decode(name: str, f: Format, shape: tuple[int, ...], get: Get) -> QTensor:
     scale = get(f"{name}.weight_scale")
-    parts: dict[str, Tensor | QTensor] = {
-        "scale": scale.reshape(f.groups(shape)) if scale.numel() == prod(f.groups(shape)) else scale
-    }
-    if isinstance(f.grid, Float8):
-        codes = get(f"{name}.weight").view(torch.uint8)
-    else:
-        codes = _integers(name, f, shape, get)
+    if scale.numel() != prod(f.groups(shape)) or not scale.is_floating_point():
+        raise InputError(
+            f"{name}.weight_scale: {f.name} needs {prod(f.groups(shape))} floats, not {list(scale.shape)}."
+        )
+    parts: dict[str, Tensor | QTensor] = {"scale": scale.reshape(f.groups(shape))}
+    floats = isinstance(f.grid, Float8)
+    codes = get(f"{name}.weight").view(torch.uint8) if floats else _integers(name, f, shape, get)
     if f.zero:
         packed = get(f"{name}.weight_zero_point")
         parts["zero"] = _codes(packed.T, f.bits, shape[0]).T.contiguous()

@@ -145,6 +145,7 @@ def _entry(file: Path, name: str, e: object, start: int, size: int) -> tuple[str
         assert dtype in _DTYPES
         assert all(type(d) is int and d >= 0 for d in (*shape, begin, end))
         assert begin <= end <= size - start
+        assert prod(max(d, 1) for d in shape) < 1 << 63  # also where one of them is 0
         assert prod(shape) * _DTYPES[dtype].itemsize == end - begin
     except (AssertionError, KeyError, TypeError, ValueError):
         raise InputError(f"{file}: the entry of tensor {name[:80]!r} is broken or the file is truncated.") from None

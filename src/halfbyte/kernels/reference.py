@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -33,24 +35,40 @@ def store_qparams(p: QParams, f: Format, dtype: torch.dtype) -> dict[str, Tensor
     return parts
 
 
-def stored_qparams(w: Tensor, f: Format, p: QParams) -> tuple[dict[str, Tensor | QTensor], QParams]:
-    """The parts, and the QParams as they are after storage (scales rounded to their dtype)."""
-    parts = store_qparams(p, f, w.dtype)
-    q = QTensor(f, tuple(w.shape), w.dtype, parts)
-    return parts, q.qparams
+class Rounded(NamedTuple):
+    """Each (groups, n): what was rounded, its uint8 codes, and where it lay inside the grid's range."""
+
+    x: Tensor
+    codes: Tensor
+    inside: Tensor
+
+
+def round_to_format(w: Tensor, f: Format, given: QParams) -> tuple[dict[str, Tensor | QTensor], QParams, Rounded]:
+    """What quantizing and fake-quantizing share: the parts that are kept of the QParams, the QParams as they are
+    after storage (scales rounded to their dtype), and w rounded.
+
+    Codes are chosen for the scales as stored, so that none of their rounding is lost; but in bitsandbytes'
+    formats for those given, since its codes are wanted one for one.
+    """
+    parts = store_qparams(given, f, w.dtype)
+    stored = QTensor(f, tuple(w.shape), w.dtype, parts).qparams
+    p = QParams(given.scale.detach(), stored.zero) if f.flat else stored
+    x = normalize(grouped(w, f), f, p)
+    codes, inside = round_to_grid(x, f, p.zero)
+    return parts, stored, Rounded(x, codes, inside)
 
 
 def quantize(w: Tensor, f: Format, p: QParams | None = None) -> QTensor:
     """See halfbyte.kernels.quantize."""
-    w = w.detach()
-    offset: dict[str, Tensor | QTensor] = {"offset": w.float().mean()} if f.center else {}
-    centred = w - offset["offset"] if f.center else w
-    p = p or qparams(centred, f)
-    parts, p = stored_qparams(w, f, p)
-    codes, _ = round_to_grid(normalize(grouped(centred, f), f, p), f, p.zero)
-    codes = ungrouped(codes, tuple(w.shape))
+    w, shape = w.detach(), tuple(w.shape)
+    offset: dict[str, Tensor | QTensor] = {}
+    if f.center:
+        mean = w.float().mean() if w.numel() else torch.zeros((), device=w.device)
+        w, offset = w - mean, {"offset": mean}
+    parts, _, rounded = round_to_format(w, f, p or qparams(w, f))
+    codes = ungrouped(rounded.codes, shape)
     packed = pack(codes.reshape(-1) if f.flat else codes, f.bits)
-    return QTensor(f, tuple(w.shape), w.dtype, {"codes": packed, **parts, **offset})
+    return QTensor(f, shape, w.dtype, {"codes": packed, **parts, **offset})
 
 
 class _Fake(torch.autograd.Function):
@@ -63,9 +81,7 @@ class _Fake(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, w: Tensor, scale: Tensor, zero: Tensor | None, f: Format) -> Tensor:
-        _, p = stored_qparams(w, f, QParams(scale, zero))
-        x = normalize(grouped(w, f), f, p)
-        codes, inside = round_to_grid(x, f, p.zero)
+        _, p, (x, codes, inside) = round_to_format(w, f, QParams(scale, zero))
         ctx.f, ctx.shape, ctx.groups = f, tuple(w.shape), scale.shape
         learned = scale.requires_grad or (zero is not None and zero.requires_grad)
         ctx.save_for_backward(inside, *((x, codes, p.scale, p.zero) if learned else ()))

@@ -22,7 +22,8 @@ def qparams(w: Tensor, f: Format, how: str | None = None, weight: Tensor | None 
     which is one step longer than the highest); "absmax" covers it evenly, as compressed-tensors does for
     activations; "mse" searches the least squared error; "percentile-99.9" clips the outer 0.1%; None is the
     format's own default. weight: float (in,), the importance of each input's squared error, for "mse".
-    A group of zeros, or an empty tensor, gets scale 1 (0 in bitsandbytes' formats). Raises InputError for NaN, infinity, an unknown `how`.
+    A group of zeros, or an empty tensor, gets scale 1 (0 in bitsandbytes' formats). Raises InputError for NaN,
+    infinity, or an unknown `how`.
     """
     how = how or f.search
     if not torch.isfinite(w).all():
@@ -30,8 +31,7 @@ def qparams(w: Tensor, f: Format, how: str | None = None, weight: Tensor | None 
     shape = f.groups(tuple(w.shape))
     rows = grouped(w, f)
     if how.startswith("percentile-"):
-        rows = _clipped(rows, float(how.removeprefix("percentile-")))
-        how = "minmax"
+        rows, how = _clipped(rows, how), "minmax"
     if how not in SEARCHES:
         raise InputError(f"{how!r} is no way to find scales; those are: {', '.join(SEARCHES)} and percentile-P.")
     if rows.numel() == 0:
@@ -57,8 +57,16 @@ def qparams(w: Tensor, f: Format, how: str | None = None, weight: Tensor | None 
 Found = tuple[Tensor, Tensor | None]  # (groups,) each
 
 
-def _clipped(rows: Tensor, percent: float) -> Tensor:
-    """Clips each group's outer values to the given percentile of its magnitudes."""
+def _clipped(rows: Tensor, how: str) -> Tensor:
+    """Clips each group's outer values to a percentile of its magnitudes, "percentile-P" with 0 < P <= 100."""
+    try:
+        percent = float(how.removeprefix("percentile-"))
+    except ValueError:
+        percent = 0.0
+    if not 0 < percent <= 100:
+        raise InputError(f"{how!r}: a percentile is a number above 0 and up to 100, such as percentile-99.9.")
+    if rows.numel() == 0:
+        return rows
     k = max(1, round(rows.shape[1] * percent / 100))
     edge = rows.abs().kthvalue(k, dim=1, keepdim=True).values
     return torch.clamp(rows, -edge, edge)
