@@ -58,6 +58,12 @@ class Table:
         return torch.tensor(self.values, dtype=torch.float32)
 
     @cached_property
+    def pairs(self) -> Tensor:
+        """(256, 2) float32, for 4-bit tables: the values of a byte's two codes, low nibble first."""
+        byte = torch.arange(256)
+        return torch.stack((self.codebook[byte & 15], self.codebook[byte >> 4]), -1)
+
+    @cached_property
     def order(self) -> Tensor:
         """(n,) int64: codes by rising value. A 0 that stands twice (-0) keeps its first code where ties are even;
         bitsandbytes keeps both, so that a tiny positive number gets the second."""
@@ -187,9 +193,9 @@ def _super_block(name: str) -> Format:
 
 _FIXED = [
     # ggml's blocks: ggml-quants.c names, the gguf package's arithmetic
-    Format("q4_0", Integers(4), 32, "float16", search="mse"),
+    Format("q4_0", Integers(4), 32, "float16", search="weighted"),
     Format("q4_1", Integers(4, signed=False), 32, "float16", zero="float16", search="mse"),
-    Format("q8_0", Integers(8), 32, "float16", search="mse"),
+    Format("q8_0", Integers(8), 32, "float16"),
     Format(
         "q4_k",
         Integers(4, signed=False),
@@ -255,7 +261,9 @@ def _parse(name: str) -> Format | None:
         if m["dq"]:
             return None
         grid = Integers(int(m["bits"]), signed=symmetric)
-        return Format(name, grid, group, zero=None if symmetric else "integer", search="mse")
+        # measured (see kernels.search.weighted): a search pays for few symmetric levels, the range does elsewhere
+        search = "weighted" if symmetric and grid.bits <= 4 else "minmax"
+        return Format(name, grid, group, zero=None if symmetric else "integer", search=search)
     base = _TABLES[m["base"]]
     if m["sym"] or (m["dq"] and m["base"] != "nf4") or (base.flat and not m["n"]):
         return None

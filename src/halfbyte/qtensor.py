@@ -102,20 +102,37 @@ class QTensor:
 
     def dequantize(self) -> Tensor:
         """The tensor that the parts stand for, computed in float32 and rounded once to the source's dtype."""
-        value = ungrouped(decode(self.codes, self.format, self.qparams), self.shape)
+        if isinstance(self.format.grid, Table) and self.format.bits == 4 and self._whole_bytes():
+            value = self._by_pairs(self.format.grid)
+        else:
+            value = ungrouped(decode(self.codes, self.format, self.qparams), self.shape)
         offset = self.parts.get("offset", 0.0)
         assert not isinstance(offset, QTensor)
         return (value + offset if self.format.center else value).to(self.dtype)
+
+    def _whole_bytes(self) -> bool:
+        """Whether codes fill bytes and groups exactly, so that no part of either is filling."""
+        n, groups = prod(self.shape), prod(self.format.groups(self.shape))
+        return n > 0 and self.shape[-1] % 2 == 0 and n == groups * self._group_length()
+
+    def _group_length(self) -> int:
+        group = self.format.group
+        return group if isinstance(group, int) else self.shape[-1] if group == "channel" else prod(self.shape)
+
+    def _by_pairs(self, grid: Table) -> Tensor:
+        """4-bit codes of a table, two at a time: a byte selects a pair of float32 values, moved as one float64."""
+        packed = self.parts["codes"]
+        assert isinstance(packed, Tensor)
+        pairs = grid.pairs.to(packed.device).view(torch.float64)[:, 0]
+        values = pairs.index_select(0, packed.reshape(-1).int()).view(torch.float32)
+        scale = self.qparams.scale.reshape(-1, 1)
+        return (values.reshape(scale.shape[0], -1) * scale).reshape(self.shape)
 
     @property
     def has_rows(self) -> bool:
         """Whether rows can be taken alone: each has its own whole groups, and no scale is quantized."""
         plain = not any(isinstance(p, QTensor) for p in self.parts.values()) and self.format.group != "tensor"
-        return plain and len(self.shape) == 2 and not (self.format.flat and self.shape[1] % self._flat_group())
-
-    def _flat_group(self) -> int:
-        assert isinstance(self.format.group, int)
-        return self.format.group
+        return plain and len(self.shape) == 2 and not (self.format.flat and self.shape[1] % self._group_length())
 
     def rows(self, index: Tensor) -> QTensor:
         """Rows of a matrix, by an integer index of any shape: shape (*index.shape, in). Needs `has_rows`."""
@@ -160,7 +177,7 @@ def grid_values(codes: Tensor, f: Format, zero: Tensor | None = None) -> Tensor:
         case Integers() as grid:
             return codes.float() - (zero if zero is not None and f.zero == "integer" else grid.middle)
         case Table() as grid:
-            return torch.nn.functional.embedding(codes.int(), grid.codebook.to(codes.device)[:, None])[..., 0]
+            return grid.codebook.to(codes.device).index_select(0, codes.reshape(-1).int()).reshape(codes.shape)
         case Float8() as grid:
             return codes.view(grid.dtype).float()
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from halfbyte import adapters, calibrate, data, evaluate, models
 from halfbyte.card import write_card
@@ -24,7 +26,7 @@ from halfbyte.scheme import Scheme, custom, scheme
 from halfbyte.solvers import Solver, solver
 from halfbyte.train import Log
 
-NOTES = "halfbyte.json"
+NOTES, MASTERS = "halfbyte.json", "masters"
 DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
           "float16": torch.float16, "fp16": torch.float16}  # fmt: skip
 
@@ -32,12 +34,15 @@ DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfl
 @dataclass
 class Run:
     """loaded: the model and what belongs to it. notes: what was done, kept as halfbyte.json beside the result.
-    log: of the last training. rows: the ledger so far, (stage, figures)."""
+    log: of the last training. rows: the ledger so far, (stage, figures). checkpoint: the folder where training
+    keeps its state, and goes on from what is there. masters: floats that were trained and then made codes."""
 
     loaded: Loaded
     seed: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
     log: Log | None = None
+    checkpoint: Path | None = None
+    masters: dict[str, Tensor] = field(default_factory=dict)
     rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
     @property
@@ -69,6 +74,9 @@ class Run:
             if any(w.grid is not None for w in weights(self.model).values()):
                 raise InputError("the weights are still seen through a grid: freeze them before saving.")
             models.save(self.loaded, folder)
+        if self.masters:
+            (folder / MASTERS).mkdir(exist_ok=True)
+            save_file(self.masters, str(folder / MASTERS / "masters.safetensors"))
         (folder / NOTES).write_text(json.dumps(self.notes, indent=1) + "\n")
         size = disk_bytes(folder)
         for stage, row in self.rows:

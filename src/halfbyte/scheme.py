@@ -103,7 +103,9 @@ def _uniform(name: str, weight: str, input: str | None = None, fits: bool = Fals
 SCHEMES: dict[str, Scheme] = {
     s.name: s
     for s in (
-        _uniform("W8A16", "int8-channel"),
+        # in groups, not by channel as elsewhere: 0.1 bit a weight buys half of the loss (KL 0.0015 against 0.0030 on
+        # SmolLM2), and a preset called lossless should be it
+        _uniform("W8A16", "int8-g128", fits=True),
         _uniform("W8A8", "int8-channel", "int8-token"),
         _uniform("W4A16", "int4-g128", fits=True),
         _uniform("W4A16_ASYM", "uint4-g128", fits=True),

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from halfbyte import adapters, data, evaluate, layers, models
+from halfbyte import adapters, data, evaluate, layers, models, resume
 from halfbyte.errors import InputError
 from halfbyte.run import Run, attach_from, disk_bytes, freeze, load, see_through, to_scheme
 from halfbyte.solvers import solver
@@ -79,8 +79,10 @@ class Freeze(Step):
 
     def __call__(self, run: Run) -> None:
         if self.scheme is None:
-            for w in layers.weights(run.model).values():
+            for name, w in layers.weights(run.model).items():
                 if w.grid is not None:
+                    if run.log is not None and isinstance(w.stored, torch.nn.Parameter) and not w.adapters:
+                        run.masters[name] = w.base().detach().clone()
                     w.freeze()
             run.notes["stored"] = run.notes.pop("grid", None)
             return
@@ -138,6 +140,7 @@ class Train(Step):
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     eval_steps: int = 0
+    save_steps: int = 0
     packing: bool = True
     completion_only_loss: bool = True
     assistant_only_loss: bool = True
@@ -148,24 +151,34 @@ class Train(Step):
     def __call__(self, run: Run) -> None:
         records, held_out = self._records(run)
         rows, held = self._encode(records, run), None if held_out is None else self._encode(held_out, run)
+        if not run.causal and adapters.attached(run.model):
+            raise InputError("a classification head is trained with --method full: adapters would leave it random.")
         what = trainable(run.model)
         args = self._arguments(what, len(rows), run)
-        stream = data.batches(rows, self.batch_size, seed=run.seed, pad_token_id=pad_id(run))
         if held is not None and not args.eval_steps:
             args = replace(args, eval_steps=max(1, args.steps // 10))
         if self.on_start:
             self.on_start(rows, held, args, what)
-        torch.manual_seed(run.seed)
-        run.log = train(
-            run.model, stream, args, on_step=self.on_step or (lambda row: None),
-            evaluate=None if held is None else lambda: _held_out_loss(run.model, held),
-        )  # fmt: skip
-        settle(run.model)
-        run.notes |= {
+        notes = {
             "base_sha256": run.loaded.sha256, "dtype": str(run.loaded.config.dtype).removeprefix("torch."),
             "data_sha256": rows.sha256, "data_kind": rows.kind, "data_tokens": rows.tokens, "trained": what,
             "training": {**vars(args), "batch_size": self.batch_size, "max_length": self.max_length, "seed": run.seed},
         }  # fmt: skip
+        torch.manual_seed(run.seed)
+        where = run.checkpoint
+        begun = None if where is None else resume.load(where, notes)
+        done = 0 if begun is None else len(begun.curve) * args.gradient_accumulation_steps
+        run.log = train(
+            run.model,
+            data.batches(rows, self.batch_size, seed=run.seed, pad_token_id=pad_id(run), start=done),
+            args,
+            begun=begun,
+            on_step=self.on_step or (lambda row: None),
+            evaluate=None if held is None else lambda: _held_out_loss(run.model, held),
+            save=None if where is None else lambda state: resume.save(where, state, notes),
+        )
+        settle(run.model)
+        run.notes |= notes
         for key, source in (("data", self.data), ("eval_data", self.eval_data)):
             if isinstance(source, str | Path):
                 run.notes[key] = str(Path(source).absolute())
@@ -193,7 +206,7 @@ class Train(Step):
         gridded = any(w.grid is not None for w in layers.weights(run.model).values())
         rate = LEARNING_RATES["qat" if what == "stored" and gridded else what]
         keep = ("gradient_accumulation_steps", "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm",
-                "gradient_checkpointing", "eval_steps")  # fmt: skip
+                "gradient_checkpointing", "eval_steps", "save_steps")  # fmt: skip
         return TrainingArguments(
             steps=steps,
             learning_rate=rate if self.learning_rate is None else self.learning_rate,

@@ -79,6 +79,16 @@ class Log:
         }
 
 
+@dataclass
+class State:
+    """What a training goes on from. curve: the rows of the steps taken. tensors: of Masters. rng: torch's, after
+    the last step."""
+
+    curve: list[dict[str, float]]
+    tensors: dict[str, Tensor]
+    rng: Tensor
+
+
 class Masters:
     """AdamW over float32 copies of parameters that are held in 16 bit, where small updates would round away."""
 
@@ -113,15 +123,26 @@ class Masters:
                 p.grad = m.grad = None
         return norm
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "masters": [m.detach() for m in self.masters]}
+    def state_dict(self) -> dict[str, Tensor]:
+        """Masters and AdamW's moments, by place: "3.master", "3.exp_avg" ..."""
+        out: dict[str, Tensor] = {}
+        for i, m in enumerate(self.masters):
+            out[f"{i}.master"] = m.detach().clone()
+            out |= {f"{i}.{k}": torch.as_tensor(v).clone() for k, v in self.optimizer.state[m].items()}
+        return out
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        with torch.no_grad():
-            for p, m, saved in zip(self.parameters, self.masters, state["masters"], strict=True):
-                m.copy_(saved)
-                p.copy_(m)
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Raises InputError if the state is of other parameters."""
+        for i, (p, m) in enumerate(zip(self.parameters, self.masters, strict=True)):
+            saved = state.get(f"{i}.master")
+            if saved is None or saved.shape != m.shape:
+                raise InputError("the saved training state is of another model or method.")
+            m.copy_(saved)
+            p.copy_(saved)
+            moments = {k.partition(".")[2]: v for k, v in state.items() if k.startswith(f"{i}.")}
+            moments.pop("master")
+            self.optimizer.state[m] = moments
 
 
 def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
@@ -139,31 +160,32 @@ def train(
     stream: Iterator[Batch],
     args: TrainingArguments,
     *,
-    start: int = 0,
-    state: dict[str, Any] | None = None,
+    begun: State | None = None,
     on_step: Callable[[dict[str, float]], None] = lambda row: None,
     evaluate: Callable[[], float] | None = None,
-    save: Callable[[int, Masters], None] | None = None,
+    save: Callable[[State], None] | None = None,
 ) -> Log:
     """Trains what requires a gradient, on `args.steps` steps of batches from an endless stream, in place.
 
     A step's loss is the mean over the targets of all its accumulated batches, each target counting the same.
-    start, state: where an interrupted run goes on, with a Masters' state. on_step sees each row of the curve;
-    evaluate gives a held-out loss every `eval_steps`; save is called every `save_steps`.
+    begun: where an interrupted run goes on; the stream must start there too. on_step sees each row of the curve;
+    evaluate gives a held-out loss every `eval_steps`; save gets the state every `save_steps`.
     Raises InputError if nothing is trainable, RuntimeError if the loss or gradient is not finite.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise InputError("nothing is trainable in this model: add an adapter or choose another --method.")
     masters = Masters(parameters, args)
-    if state is not None:
-        masters.load_state_dict(state)
     log = Log(trainable=sum(p.numel() for p in parameters))
+    if begun is not None:
+        masters.load_state_dict(begun.tensors)
+        log.curve += begun.curve
+        torch.set_rng_state(begun.rng)
     process, began = psutil.Process(), time.perf_counter()
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()  # pyright: ignore[reportCallIssue]
     model.train()
-    for step in range(start, args.steps):
+    for step in range(len(log.curve), args.steps):
         begin = time.perf_counter()
         batches = [next(stream) for _ in range(args.gradient_accumulation_steps)]
         targets = sum(b.targets for b in batches)
@@ -188,7 +210,7 @@ def train(
         log.curve.append(row)
         on_step(row)
         if save and args.save_steps and (step + 1) % args.save_steps == 0 and step + 1 < args.steps:
-            save(step + 1, masters)
+            save(State(log.curve, masters.state_dict(), torch.get_rng_state()))
     model.eval()
     log.seconds = time.perf_counter() - began
     return log

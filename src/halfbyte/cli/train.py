@@ -52,14 +52,19 @@ def command(
     adapter: Annotated[str | None, typer.Option(help="Go on from this adapter folder.")] = None,
     dtype: Dtype = None,
     revision: Revision = None,
+    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints that --resume goes on from; 0: none.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from an interrupted run of this command.")] = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Fine-tune a model: all of it, LoRA, QLoRA, quantization-aware, or only its scales."""
-    from halfbyte.folders import check_free, whole
+    from halfbyte.folders import CHECKPOINT, check_free, whole
     from halfbyte.recipe import METHODS, method_steps
     from halfbyte.run import to_scheme
 
+    if resume and output.exists():
+        say(f"{output} is finished; nothing to do.")
+        return
     check_free(output, overwrite)
     scheme = None if to is None else to_scheme(to, group_size)
     settings: dict[str, Any] = {
@@ -67,7 +72,8 @@ def command(
         "epochs": epochs, "batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps,
         "max_length": max_length, "packing": packing, "learning_rate": lr, "lr_scheduler_type": lr_scheduler_type,
         "warmup_ratio": warmup_ratio, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm,
-        "gradient_checkpointing": gradient_checkpointing, "on_start": _announce, "on_step": _step,
+        "gradient_checkpointing": gradient_checkpointing, "save_steps": save_steps, "on_start": _announce,
+        "on_step": _step,
     }  # fmt: skip
     adapt: dict[str, Any] = {
         "r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "use_rslora": use_rslora,
@@ -78,11 +84,12 @@ def command(
     run = _load(model, data, dtype, revision, seed)
     if scheme is not None and method in ("qat", "scales"):
         run.holds(scheme)
-    for step in plan:
-        say(f"{type(step).__name__.lower()} ...")
-        step(run)
-    assert run.log is not None
-    with whole(output, overwrite) as partial:
+    with whole(output, overwrite, resume) as partial:
+        run.checkpoint = partial / CHECKPOINT
+        for step in plan:
+            say(f"{type(step).__name__.lower()} ...")
+            step(run)
+        assert run.log is not None
         run.rows.append((f"trained ({method})", {"loss": run.log.curve[-1]["loss"], **_held(run.log.curve)}))
         run.write(partial, output)
         (partial / "curve.jsonl").write_text("".join(json_module.dumps(row) + "\n" for row in run.log.curve))

@@ -36,7 +36,7 @@ def store_qparams(p: QParams, f: Format, dtype: torch.dtype) -> dict[str, Tensor
 
 
 class Rounded(NamedTuple):
-    """Each (groups, n): what was rounded, its uint8 codes, and where it lay inside the grid's range."""
+    """Each (groups, n): what was rounded, its codes (whole numbers), and where it lay inside the grid's range."""
 
     x: Tensor
     codes: Tensor
@@ -66,7 +66,7 @@ def quantize(w: Tensor, f: Format, p: QParams | None = None) -> QTensor:
         mean = w.float().mean() if w.numel() else torch.zeros((), device=w.device)
         w, offset = w - mean, {"offset": mean}
     parts, _, rounded = round_to_format(w, f, p or qparams(w, f))
-    codes = ungrouped(rounded.codes, shape)
+    codes = ungrouped(rounded.codes, shape).to(torch.uint8)
     packed = pack(codes.reshape(-1) if f.flat else codes, f.bits)
     return QTensor(f, shape, w.dtype, {"codes": packed, **parts, **offset})
 

@@ -1,0 +1,48 @@
+"""A training's state on disk: what an interrupted run goes on from, to the same bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from halfbyte.containers.shards import Shards, read_json
+from halfbyte.errors import InputError
+from halfbyte.train import State
+
+STATE, WHERE = "state.safetensors", "where.json"
+
+
+def save(folder: Path, state: State, settings: dict[str, Any]) -> None:
+    """Writes the state beside the old one and then in its place, so that a kill leaves one or the other."""
+    new = folder.with_name(folder.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    save_file({**state.tensors, "rng": state.rng}, str(new / STATE))
+    (new / WHERE).write_text(json.dumps({"curve": state.curve, "settings": settings}))
+    if folder.exists():
+        shutil.rmtree(folder)
+    new.rename(folder)
+
+
+def load(folder: Path, settings: dict[str, Any]) -> State | None:
+    """The state, or None where there is none. Raises InputError if it was made with other settings or data."""
+    if not folder.exists() and (new := folder.with_name(folder.name + ".new")).exists() and (new / WHERE).exists():
+        new.rename(folder)  # killed between the two steps of save
+    if not folder.exists():
+        return None
+    where = read_json(folder / WHERE)
+    before = where.get("settings", {})
+    if differing := [k for k in settings if json.loads(json.dumps(settings[k])) != before.get(k)]:
+        key = differing[0]
+        raise InputError(
+            f"--resume: {folder.parent} was begun with {key} {before.get(key)}, not {settings[key]}; "
+            "give the same command, or leave --resume out to begin anew."
+        )
+    shards = Shards([folder / STATE])
+    tensors = {name: shards.get(name) for name in shards}
+    rng = tensors.pop("rng")
+    return State(where["curve"], tensors, rng)
