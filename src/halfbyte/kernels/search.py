@@ -20,8 +20,10 @@ def qparams(w: Tensor, f: Format, how: str | None = None, weight: Tensor | None 
 
     how: "minmax" covers the range (the larger side of a symmetric range sits on the lowest integer, -2^(b-1),
     which is one step longer than the highest); "absmax" covers it evenly, as compressed-tensors does for
-    activations; "mse" searches the least squared error, "weighted" with large weights counting more; "percentile-99.9" clips the outer 0.1%; None is the
-    format's own default. weight: float (in,), the importance of each input's squared error, for "mse".
+    activations; "mse" searches the least squared error, "weighted" with large weights counting more;
+    "percentile-99.9" clips the outer 0.1%; None is the format's own default. weight: float (in,), the importance
+    of each input's squared error, for the two searches.
+
     A group of zeros, or an empty tensor, gets scale 1 (0 in bitsandbytes' formats). Raises InputError for NaN,
     infinity, or an unknown `how`.
     """
@@ -189,8 +191,7 @@ def mse(rows: Tensor, f: Format, weight: Tensor | None = None) -> Found:
 
 def weighted(rows: Tensor, f: Format, weight: Tensor | None = None) -> Found:
     """As mse, each squared error times |w|: large weights matter more than their number, and plain least squares
-    clips them. On SmolLM2 the best that costs no data for symmetric integers of up to 4 bits: mean KL at int4-g128
-    0.60 against 0.65 (minmax), 0.72 (mse) and 0.74 (absmax); at int3-g64 1.47 against 1.75 (minmax)."""
+    clips them. The best that costs no data for symmetric integers of up to 4 bits (benchmarks/searches.py)."""
     return mse(rows, f, rows.abs() if weight is None else rows.abs() * weight)
 
 

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from halfbyte import kernels
 from halfbyte.qtensor import QTensor
 
-SAYS = (
-    "round to nearest, scales by the search that each format names (measured to be its best); it needs no calibration"
-)
+SAYS = "round to nearest, scales by the search that measured best for each format; it needs no calibration"
 
 
 def solve(
