@@ -61,7 +61,7 @@ class Affine:
                 raise InputError("NaN has no integer.")
             q = (x.double() / self.scale).round() + self.zero_point
             return q.clamp(self.low, self.high).to(torch.int32)
-        return int(self.quantize(torch.tensor(float(x))))
+        return int(self.quantize(torch.tensor(float(x), dtype=torch.float64)))
 
     @overload
     def dequantize(self, q: int) -> float: ...

@@ -1,9 +1,21 @@
 """What a user can get wrong, as exceptions; the command line turns them into exit codes."""
 
+import textwrap
+
 
 class InputError(ValueError):
     """Bad input or usage: one sentence that names the file, line or flag and what to do. Exit status 2."""
 
 
+def reason(e: BaseException) -> str:
+    """What another library's exception says, as the end of a sentence."""
+    said = textwrap.shorten(str(e) or type(e).__name__, 240, placeholder=" ...")
+    return said.rstrip(".!: ") + "."
+
+
 class BudgetExceeded(RuntimeError):
     """A limit that the user set (--max-kl, --max-loss) was exceeded. Exit status 3."""
+
+
+class Diverged(RuntimeError):
+    """A loss or gradient became infinite or NaN: nothing worth keeping came out. Exit status 1."""

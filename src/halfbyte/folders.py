@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +13,25 @@ from halfbyte.errors import InputError
 CHECKPOINT = "checkpoint"
 
 
-def check_free(target: Path, overwrite: bool = False) -> None:
-    """Refuses, before any work, a target that exists or cannot be made. Raises InputError."""
+_OURS = ("halfbyte.json", "ledger.json")  # what a folder that halfbyte wrote holds
+
+
+def check_free(target: Path, overwrite: bool = False, *sources: str | Path | None) -> None:
+    """Refuses, before any work, a target that exists or cannot be made; with `overwrite`, one that halfbyte did not
+    write, or in which one of the `sources` lies that are to be read. Raises InputError."""
+    full = target.resolve()
     if target.exists() and not overwrite:
         raise InputError(f"{target} exists already; choose another -o, or add --overwrite to replace it.")
-    parent = next(p for p in (target.absolute().parents) if p.exists())
+    if target.exists():
+        if not target.is_dir() or (any(target.iterdir()) and not any((target / n).exists() for n in _OURS)):
+            raise InputError(f"{target} is nothing that halfbyte wrote; remove it yourself if it can go.")
+        if inside := [s for s in sources if s is not None and Path(s).resolve().is_relative_to(full)]:
+            raise InputError(f"{target} cannot be replaced: {inside[0]} is read from there; choose another -o.")
+    parent = next(p for p in full.parents if p.exists())
     if not parent.is_dir():
         raise InputError(f"{target} cannot be made: {parent} is a file, not a folder.")
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"{target} cannot be made: {parent} may not be written to.")
 
 
 @contextmanager
@@ -30,7 +43,10 @@ def whole(target: Path, overwrite: bool = False, resume: bool = False) -> Iterat
     `overwrite` is not set.
     """
     check_free(target, overwrite)
+    target = target.resolve()  # "." has no name to add to
     partial = target.with_name(target.name + ".partial")
+    if partial.is_file():
+        partial.unlink()
     if partial.exists() and not resume:
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
@@ -43,5 +59,5 @@ def whole(target: Path, overwrite: bool = False, resume: bool = False) -> Iterat
     shutil.rmtree(partial / CHECKPOINT, ignore_errors=True)
     if target.exists():
         # the old result goes only once the new one is complete
-        shutil.rmtree(target) if target.is_dir() else target.unlink()
+        shutil.rmtree(target)
     partial.rename(target)

@@ -60,6 +60,12 @@ def generate(
     ids = _prompt_ids(tokenizer, prompt, chat)
     if not ids:
         raise InputError("--prompt is empty: give the model something to go on from.")
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if most is not None and len(ids) + max_new_tokens > most:
+        raise InputError(
+            f"--max-new-tokens {max_new_tokens} after a prompt of {len(ids)} are more than the {most} tokens that this "
+            "model takes."
+        )
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     if temperature == 0 and getattr(model, "generation_config", None) is not None:
         # transformers warns of sampling settings that greedy decoding does not use

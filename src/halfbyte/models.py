@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 
 from halfbyte.containers import CONTAINERS, Container, container_for
 from halfbyte.containers.shards import Shards, read_json, sha256_of, write_shards
-from halfbyte.errors import InputError
+from halfbyte.errors import InputError, reason
 from halfbyte.formats import Format
 from halfbyte.layers import Codes, Linear, Op, ops, swap
 from halfbyte.qtensor import QTensor
@@ -56,8 +59,7 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
         return Path(huggingface_hub.snapshot_download(str(source), revision=revision, allow_patterns=patterns))
     except Exception as e:
-        reason = str(e).splitlines()[0][:200]
-        raise InputError(f"{source}: no such folder here, and the hub did not give it: {reason}") from None
+        raise InputError(f"{source}: no such folder here, and the hub did not give it: {reason(e)}") from None
 
 
 def load(
@@ -85,13 +87,19 @@ def load(
     if quantization is not None:
         del config.quantization_config
     shards = Shards.of_folder(path)
-    model = skeleton(config, labels)
+    try:
+        model = skeleton(config, labels)
+    except InputError as e:
+        raise InputError(f"{path / 'config.json'}: {e}") from None
+    except Exception as e:  # whatever a class makes of sizes that cannot be
+        raise InputError(f"{path / 'config.json'} describes no model that can be made: {reason(e)}") from None
     dtype = torch.float32 if (dtype := dtype or config.dtype) is None else dtype
     config.dtype = dtype
     names = _names(model, shards, path)
     if names is None:
         if quantization is not None:
             raise InputError(f"{path}: the names of its quantized tensors are not those of {type(model).__name__}.")
+        _check_size(model, shards, path)
         model = _by_transformers(type(model), path, dtype)
         swap(model)
     else:
@@ -119,7 +127,7 @@ def _config(path: Path) -> Any:
             raise InputError(
                 f"{path}: its code is in the folder itself (auto_map); halfbyte runs no code from a checkpoint."
             ) from None
-        raise InputError(f"{path / 'config.json'} cannot be used: {str(e).splitlines()[0][:200]}") from None
+        raise InputError(f"{path / 'config.json'} cannot be used: {reason(e)}") from None
 
 
 def is_encoder(source: str | Path, revision: str | None = None) -> bool:
@@ -127,7 +135,8 @@ def is_encoder(source: str | Path, revision: str | None = None) -> bool:
     path = resolve(source, revision)
     if not path.is_dir() or not (path / "config.json").exists():
         return False
-    named = (read_json(path / "config.json").get("architectures") or ["?"])[0]
+    raw = read_json(path / "config.json").get("architectures")
+    named = raw[0] if isinstance(raw, list) and raw else "?"
     return not str(named).endswith(("ForCausalLM", "LMHeadModel"))
 
 
@@ -173,12 +182,20 @@ def _names(model: nn.Module, shards: Shards, path: Path) -> dict[str, str] | Non
     return None
 
 
+def _check_size(model: nn.Module, shards: Shards, path: Path) -> None:
+    """Raises InputError where the config describes a far larger model than the weights hold: transformers would
+    fill the memory with random ones first."""
+    needed, held = sum(p.numel() for p in model.parameters()), sum(math.prod(shards.shape(n)) for n in shards)
+    if needed > 1.1 * held:
+        raise InputError(f"{path}: config.json describes {needed:,} parameters, but its weights are {held:,}.")
+
+
 def _by_transformers(cls: Any, path: Path, dtype: torch.dtype) -> Any:
     """The whole model through from_pretrained: for checkpoints whose tensors it renames or fuses."""
     try:
         model, info = cls.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
     except Exception as e:
-        raise InputError(f"{path} cannot be loaded as {cls.__name__}: {str(e).splitlines()[0][:200]}") from None
+        raise InputError(f"{path} cannot be loaded as {cls.__name__}: {reason(e)}") from None
     if info["missing_keys"]:
         raise InputError(
             f"{path} lacks weights that {cls.__name__} needs: {', '.join(sorted(info['missing_keys'])[:5])}."
@@ -193,13 +210,15 @@ def _load_gguf(source: str | Path, path: Path, dtype: torch.dtype) -> Loaded:
         if f.read(4) != b"GGUF":
             raise InputError(f"{path} is not a gguf file: it does not begin with GGUF.")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        with contextlib.redirect_stderr(io.StringIO()):  # the reader's progress bar
+            model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as e:
-        raise InputError(f"{path} cannot be read as a gguf model: {str(e).splitlines()[0][:200]}") from None
-    config: Any = model.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        raise InputError(f"{path} cannot be read as a gguf model: {reason(e)}") from None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for p in model.parameters():  # not model.to(dtype), which would round the rotary frequencies too
+        p.data = p.data.to(dtype)
     model.config.dtype = dtype
     swap(model)
     return Loaded(model.eval(), tokenizer, str(source), path, sha256_of([path]))
@@ -216,7 +235,10 @@ def _tokenizer(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as e:
-        raise InputError(f"{path}: its tokenizer cannot be read: {str(e).splitlines()[0][:200]}") from None
+        raise InputError(f"{path}: its tokenizer cannot be read: {reason(e)}") from None
+
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Checkpoint:
@@ -234,16 +256,19 @@ class Checkpoint:
             self.container = CONTAINERS[method]
             self.formats = self.container.formats(config, set(shards), shards.get)
 
-    def weight(self, module: str, shape: tuple[int, ...]) -> Tensor | QTensor:
-        """What is stored for the weight of a module, in the orientation on disk."""
-        stored = self.names[f"{module}.weight"].removesuffix(".weight")
+    def weight(self, module: str, op: Op) -> Tensor | QTensor:
+        """What is stored for the weight of a module: floats in the orientation on disk, codes in the op's own, in
+        which every container keeps them."""
+        stored, shape = self.names[f"{module}.weight"].removesuffix(".weight"), tuple(op.weight.shape)
         if stored in self.formats:
             assert self.container is not None
             return self.container.decode(stored, self.formats[stored][0], shape, self.shards.get)
-        return self._checked(f"{module}.weight", shape)
+        return self._checked(f"{module}.weight", shape[::-1] if op.transposed else shape)
 
     def _checked(self, name: str, shape: tuple[int, ...]) -> Tensor:
         t = self.shards.get(self.names[name])
+        if t.dtype not in _FLOATS:
+            raise InputError(f"{name} holds {t.dtype}, which no quantization_config explains.")
         if tuple(t.shape) != tuple(shape):
             raise InputError(f"{name} has the shape {tuple(t.shape)} on disk; the config makes it {tuple(shape)}.")
         return t
@@ -276,8 +301,7 @@ class Checkpoint:
                 setattr(model.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
 
     def _place(self, name: str, op: Op, dtype: torch.dtype | None) -> None:
-        shape = tuple(op.weight.shape)
-        value = self.weight(name, shape[::-1] if op.transposed else shape)
+        value = self.weight(name, op)
         if isinstance(value, QTensor):
             op.weight.store(value)
         elif dtype is not None:

@@ -61,7 +61,9 @@ def inventory(model: nn.Module) -> list[Entry]:
             )
         )
     for name, p in _others(model):
-        entries.append(Entry(name, tuple(p.shape), "other", _dtype(p.dtype), p.nbytes, None, p.nbytes))
+        # a class of its own, such as OPT's positions, is looked up all the same
+        kind = "embedding" if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding) else "other"
+        entries.append(Entry(name, tuple(p.shape), kind, _dtype(p.dtype), p.nbytes, None, p.nbytes))
     return entries
 
 
@@ -69,13 +71,14 @@ def plan(model: nn.Module, scheme: Scheme) -> list[Entry]:
     """The inventory with what `scheme` makes of it. Raises InputError for a group that does not fit, and for
     matrices that would stay as they are without a rule that names them (fused experts, convolutions)."""
     out, unnamed = [], []
+    known = {f"{name}.weight" for name, _ in ops(model)}
     for e in inventory(model):
         module = e.name.removesuffix(".weight")
-        if e.role == "other":
-            if len(e.shape) > 1:
-                rule = next((r for r in scheme.rules if r.matches(e.name, e.role)), None)
-                unnamed += [] if rule is not None and rule.weight is None else [f"{e.name} {list(e.shape)}"]
-            out.append(_with(e, None, None, "not a matrix" if len(e.shape) < 2 else "named by the scheme"))
+        if e.name not in known:
+            rule = next((r for r in scheme.rules if r.matches(e.name, e.role)), None)
+            if len(e.shape) > 1 and (rule is None or rule.weight is not None):
+                unnamed.append(f"{e.name} {list(e.shape)}")
+            out.append(_with(e, None, None, "not a matrix" if len(e.shape) < 2 or rule is None else rule.why))
             continue
         rule = scheme.decide(module, e.role, e.shape)
         out.append(_with(e, rule.weight, rule.input, rule.why))

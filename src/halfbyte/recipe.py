@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from halfbyte.errors import InputError
 from halfbyte.folders import check_free, whole
 from halfbyte.layers import weights
-from halfbyte.run import Run, load
-from halfbyte.steps import STEPS, Adapt, Freeze, Grid, Merge, Step, Train
+from halfbyte.run import Run, load, to_scheme
+from halfbyte.steps import STEPS, Adapt, Freeze, Grid, Merge, Step, Train, checked, read
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def method_steps(method: str, to: Any, train: Mapping[str, Any], adapt: Mapping[
     rest = {**{k: v for k, v in train.items() if k not in own}, **(adapt or {})}
     if rest and not made.adapts:
         raise InputError(f"method {method} does not take {', '.join(rest)}.")
-    return checked(lambda: made.steps(to, own, rest))
+    return made.steps(to, own, rest)
 
 
 def merge_steps(run: Run, to: Any = None, base: str = "trained", group_size: int | None = None) -> list[Step]:
@@ -65,14 +65,22 @@ def merge_steps(run: Run, to: Any = None, base: str = "trained", group_size: int
     return [Merge(base=base), Freeze(scheme=to, group_size=group_size)]
 
 
-def checked(make: Callable[[], Any], where: str = "") -> Any:
-    """Calls `make`; pydantic's complaint becomes one sentence. Raises InputError."""
-    try:
-        return make()
-    except ValidationError as e:
-        first = e.errors()[0]
-        key = ".".join(str(p) for p in first["loc"])
-        raise InputError(f"{where}{key or 'value'}: {first['msg']} (got {str(first['input'])[:60]!r}).") from None
+_FILES = ("data", "eval_data", "calibration")  # the fields of steps that name files to read
+
+
+class _Fields(BaseModel):
+    """A recipe's keys, before anything is made of them."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: str
+    output: str | None = None
+    seed: int = 0
+    dtype: str | None = None
+    steps: list[Any] | None = None
+    method: str | None = None
+    to: Any = None
+    train: dict[str, Any] = {}
+    adapt: dict[str, Any] = {}
 
 
 @dataclass
@@ -86,10 +94,17 @@ class Recipe:
     dtype: str | None = None
 
     def run(self, overwrite: bool = False, say: Callable[[str], None] = lambda line: None) -> Run:
-        """Loads, takes every step, saves. Raises InputError before work begins for an output that exists."""
+        """Loads, takes every step, saves. Raises InputError before work begins for an output that exists, for data
+        that cannot be read, and for a scheme that no folder holds."""
+        files = [f for s in self.steps for k in _FILES if isinstance(f := getattr(s, k, None), str | Path)]
         if self.output is not None:
-            check_free(Path(self.output), overwrite)
+            check_free(Path(self.output), overwrite, self.model, *files)
+        for file in files:
+            read(file)
         run = load(self.model, self.dtype, seed=self.seed)
+        made = next((s for s in reversed(self.steps) if isinstance(s, Freeze | Grid | Merge)), None)
+        if self.output is not None and isinstance(made, Freeze | Grid) and made.scheme is not None:
+            run.holds(to_scheme(made.scheme, made.group_size))
         for i, step in enumerate(self.steps):
             say(f"step {i + 1}/{len(self.steps)}: {type(step).__name__.lower()}")
             step(run)
@@ -113,18 +128,30 @@ def read_recipe(path: str | Path) -> Recipe:
 def parse_recipe(raw: Any, where: str = "") -> Recipe:
     """A recipe from a mapping: model, output, seed, dtype, and either `steps` (a list of one-key mappings, step to
     its settings) or `method` with `to`, `train` and `adapt`. Raises InputError."""
-    known = {"model", "output", "seed", "dtype", "steps", "method", "to", "train", "adapt"}
+    known = _Fields.model_fields
     if not isinstance(raw, Mapping) or "model" not in raw:
         raise InputError(f"{where}a recipe is a mapping with a model and steps, or a method.")
-    if extra := set(raw) - known:
-        raise InputError(f"{where}unknown key {sorted(extra)[0]!r}; known are {', '.join(sorted(known))}.")
+    if extra := [k for k in raw if k not in known]:
+        raise InputError(f"{where}unknown key {extra[0]!r}; known are {', '.join(known)}.")
     if ("steps" in raw) == ("method" in raw):
         raise InputError(f"{where}a recipe has either steps or a method.")
-    if "method" in raw:
-        steps = method_steps(raw["method"], raw.get("to"), raw.get("train") or {}, raw.get("adapt"))
+    given: _Fields = _named(lambda: checked(lambda: _Fields(**raw)), where)
+    if given.method is not None:
+        to = None if given.to is None else _named(lambda: to_scheme(given.to), f"{where}to: ")
+        steps = _named(lambda: method_steps(str(given.method), to, given.train, given.adapt), where)
     else:
-        steps = [_step(item, f"{where}steps[{i}]: ") for i, item in enumerate(raw["steps"] or [])]
-    return Recipe(raw["model"], steps, raw.get("output"), int(raw.get("seed", 0)), raw.get("dtype"))
+        steps = [_step(item, f"{where}steps[{i}]: ") for i, item in enumerate(given.steps or [])]
+    if not steps:
+        raise InputError(f"{where}the recipe has no steps.")
+    return Recipe(given.model, steps, given.output, given.seed, given.dtype)
+
+
+def _named(make: Callable[[], Any], where: str) -> Any:
+    """Calls `make`; a complaint then says where it belongs."""
+    try:
+        return make()
+    except InputError as e:
+        raise InputError(f"{where}{e}") from None
 
 
 def _step(item: Any, where: str) -> Step:
@@ -135,7 +162,9 @@ def _step(item: Any, where: str) -> Step:
     ((name, settings),) = item.items()
     if name not in STEPS:
         raise InputError(f"{where}there is no step {name!r}; those are {', '.join(STEPS)}.")
-    return checked(lambda: STEPS[name](**(settings or {})), f"{where}{name}: ")
+    if not isinstance(settings, Mapping | None):
+        raise InputError(f"{where}the settings of {name} are a mapping, not {settings!r}.")
+    return _named(lambda: STEPS[name](**(settings or {})), f"{where}{name}: ")
 
 
 def save(run: Run, folder: str | Path, overwrite: bool = False) -> Path:

@@ -150,12 +150,14 @@ def load(
 
 def _load_adapter(path: Path, dtype: torch.dtype | None, seed: int) -> Run:
     base, *_ = peft.read(path)
+    if Path(base).is_absolute() and not Path(base).exists():
+        raise InputError(f"{path}: its base model is no longer at {base}; put it back, or correct {peft.CONFIG}.")
     notes = read_json(path / NOTES) if (path / NOTES).exists() else {}
     run = Run(models.load(base, dtype or parse_dtype(notes.get("dtype"))), seed)
     if notes.get("stored"):
         freeze(run, to_scheme(notes["stored"]), solver(notes.get("solver", "rtn")))
     if notes.get("grid"):
-        see_through(run, to_scheme(notes["grid"]))
+        see_through(run, to_scheme(notes["grid"]), notes.get("grid_search", "minmax"))
     attach_from(run, path)
     run.notes = notes
     return run
@@ -194,7 +196,7 @@ def see_through(run: Run, chosen: Scheme, how: str = "minmax") -> None:
             op = by_name[e.name.removesuffix(".weight")]
             op.weight.grid = Grid(e.after, how)
             _set_input(op, e.input)
-    run.notes["grid"] = chosen.notation()
+    run.notes |= {"grid": chosen.notation(), "grid_search": how}
 
 
 @torch.no_grad()
@@ -209,6 +211,8 @@ def freeze(
     for e in plan(run.model, chosen):
         name = e.name.removesuffix(".weight")
         if e.after is not None and not e.tied_to:
+            if not by_name[name].weight.value().isfinite().all():
+                raise InputError(f"{e.name} holds NaN or infinity, which has no code in {e.after.name}.")
             formats[name] = e.after
             _set_input(by_name[name], e.input)
     calibrate.freeze(run.model, formats, by, batches, on_block)

@@ -148,6 +148,19 @@ def custom(rules: Any) -> Scheme:
     for r in rules:
         if not isinstance(r, dict) or "match" not in r or set(r) - {"match", "weight", "input", "why"}:
             raise InputError(f"a rule of a scheme has the keys match, weight, input and why, not {r}.")
+        if wrong := next((k for k, v in r.items() if not isinstance(v, str | None)), None):
+            raise InputError(f"a rule of a scheme: {wrong} is a text, not {r[wrong]!r}.")
         weight, input = (None if r.get(k) is None else parse(r[k]) for k in ("weight", "input"))
-        made.append(Rule(r["match"], weight, input, r.get("why") or "named by the scheme"))
+        made.append(Rule(_pattern(r["match"]), weight, input, r.get("why") or "named by the scheme"))
     return Scheme("custom", tuple(made))
+
+
+def _pattern(match: str | None) -> str:
+    """A rule's `match`, checked. Raises InputError."""
+    if not match or (match[0] == "@" and match[1:] not in (*ROLES, "other")):
+        raise InputError(f"a rule of a scheme matches @{', @'.join(ROLES)} or a regular expression, not {match!r}.")
+    try:
+        re.compile(match)
+    except re.error as e:
+        raise InputError(f"a rule of a scheme: {match!r} is no regular expression: {e}.") from None
+    return match

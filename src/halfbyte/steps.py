@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import nn
 
 from halfbyte import adapters, data, evaluate, layers, models, resume
@@ -17,13 +18,34 @@ from halfbyte.run import Run, attach_from, disk_bytes, freeze, load, see_through
 from halfbyte.solvers import solver
 from halfbyte.train import TrainingArguments, train
 
+T = TypeVar("T")
+Positive = Annotated[int, Field(ge=1)]
 LEARNING_RATES = {"adapters": 2e-4, "stored": 2e-5, "qat": 1e-5, "scales": 1e-4}
 
 
+def checked(make: Callable[[], T]) -> T:
+    """Calls `make`, which makes a pydantic model; what that finds wrong becomes one sentence. Raises InputError."""
+    try:
+        return make()
+    except ValidationError as e:
+        first = e.errors()[0]
+        if isinstance(own := first.get("ctx", {}).get("error"), InputError):
+            raise own from None
+        key = ".".join(str(p) for p in first["loc"])
+        said = {"extra_forbidden": "there is no such key", "missing": "it is missing"}.get(first["type"])
+        said = said or f"{first['msg'].replace('Input', 'it', 1)} (got {str(first['input'])[:60]!r})"
+        raise InputError(f"{key or 'value'}: {said}.") from None
+
+
 class Step(BaseModel):
-    """Something done to a run. Fields are checked when it is made; a misspelt one is an error."""
+    """Something done to a run. Fields are checked when it is made: InputError for a misspelt or impossible one."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    if not TYPE_CHECKING:  # a type checker knows the fields better
+
+        def __init__(self, **settings: Any) -> None:
+            checked(lambda: super(Step, self).__init__(**settings))
 
     def __call__(self, run: Run) -> None:
         """Moves the run on. Raises InputError for what cannot be done."""
@@ -63,6 +85,11 @@ class Grid(Step):
     group_size: int | None = None
     how: str = "minmax"
 
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        to_scheme(self.scheme, self.group_size)  # a misspelt one fails when the step is made, not at its turn
+        return self
+
     def __call__(self, run: Run) -> None:
         see_through(run, to_scheme(self.scheme, self.group_size), self.how)
 
@@ -76,6 +103,13 @@ class Freeze(Step):
     calibration: Any = None
     samples: int = 32
     on_block: Any = None
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        solver(self.solver)
+        if self.scheme is not None:
+            to_scheme(self.scheme, self.group_size)
+        return self
 
     def __call__(self, run: Run) -> None:
         if self.scheme is None:
@@ -128,19 +162,19 @@ class Train(Step):
 
     data: Any
     eval_data: Any = None
-    eval_split: float = 0.0
-    steps: int | None = None
-    epochs: float | None = None
-    batch_size: int = 8
-    gradient_accumulation_steps: int = 1
+    eval_split: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    steps: Positive | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    batch_size: Positive = 8
+    gradient_accumulation_steps: Positive = 1
     max_length: int = 512
-    learning_rate: float | None = None
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
     lr_scheduler_type: str = "cosine"
-    warmup_ratio: float = 0.03
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    eval_steps: int = 0
-    save_steps: int = 0
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    eval_steps: Annotated[int, Field(ge=0)] = 0
+    save_steps: Annotated[int, Field(ge=0)] = 0
     packing: bool = True
     completion_only_loss: bool = True
     assistant_only_loss: bool = True
@@ -192,6 +226,11 @@ class Train(Step):
         return records, None
 
     def _encode(self, records: list[data.Record], run: Run) -> data.Dataset:
+        rows = self._rows(records, run)
+        check_length(rows, run, "--max-length")
+        return rows
+
+    def _rows(self, records: list[data.Record], run: Run) -> data.Dataset:
         if not run.causal:
             labels = [run.model.config.id2label[i] for i in range(run.model.config.num_labels)]  # pyright: ignore
             return data.encode_classification(records, run.needs_tokenizer, self.max_length, labels)
@@ -254,8 +293,8 @@ class Evaluate(Step):
     against: Any = None
     stage: str = "evaluate"
     context: int = evaluate.CONTEXT
-    batch_size: int = 4
-    max_windows: int | None = None
+    batch_size: Positive = 4
+    max_windows: Positive | None = None
     max_kl: float | None = None
     max_loss: float | None = None
     on_batch: Any = None
@@ -277,6 +316,7 @@ class Evaluate(Step):
                 run.model, data.encode_classification(records, tokenizer, self.context, labels)
             )
         rows = data.encode(records, tokenizer, self.context, packing=records[0].kind == "text")
+        check_length(rows, run, "--context")
         if self.max_windows is not None:
             rows.rows[:] = rows.rows[: self.max_windows]
         reference = self.against
@@ -289,6 +329,13 @@ class Evaluate(Step):
         if records[0].kind == "label":
             row.accuracy, row.accuracy_error = evaluate.accuracy(run.model, records, tokenizer, self.context)
         return row
+
+
+def check_length(rows: data.Dataset, run: Run, flag: str) -> None:
+    """Raises InputError if a row is longer than the model has positions for."""
+    longest, most = max(map(len, rows.rows)), getattr(run.model.config, "max_position_embeddings", None)
+    if most is not None and longest > most:
+        raise InputError(f"rows of {longest} tokens are more than the {most} that this model takes: {flag} {most}.")
 
 
 def read(source: Any) -> list[data.Record]:

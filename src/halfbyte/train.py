@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halfbyte.data import Batch
-from halfbyte.errors import InputError
+from halfbyte.errors import Diverged, InputError
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,13 @@ class Masters:
 
     def step(self, rate: float, max_norm: float) -> float:
         """Clips, moves the masters by one step, rounds them into the model. Gives back the gradient's norm.
-        Raises RuntimeError if the gradient is not finite."""
+        Raises Diverged if the gradient is not finite."""
         for p, m in zip(self.parameters, self.masters, strict=True):
             if m is not p:
                 m.grad = None if p.grad is None else p.grad.float()
         norm = float(nn.utils.clip_grad_norm_(self.masters, max_norm))
         if not math.isfinite(norm):
-            raise RuntimeError("the gradient is not finite: the learning rate is too high for this model and data.")
+            raise Diverged("the gradient is not finite: the learning rate is too high for this model and data.")
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -170,7 +170,7 @@ def train(
     A step's loss is the mean over the targets of all its accumulated batches, each target counting the same.
     begun: where an interrupted run goes on; the stream must start there too. on_step sees each row of the curve;
     evaluate gives a held-out loss every `eval_steps`; save gets the state every `save_steps`.
-    Raises InputError if nothing is trainable, RuntimeError if the loss or gradient is not finite.
+    Raises InputError if nothing is trainable, Diverged if the loss or gradient is not finite.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
@@ -195,9 +195,7 @@ def train(
             part.backward()
             loss += part.item()
         if not math.isfinite(loss):
-            raise RuntimeError(
-                f"the loss is {loss} at step {step + 1}: the learning rate is too high, or the data broken."
-            )
+            raise Diverged(f"the loss is {loss} at step {step + 1}: the learning rate is too high, or the data broken.")
         rate = args.rate(step)
         norm = masters.step(rate, args.max_grad_norm)
         row = {"step": step + 1, "loss": loss, "learning_rate": rate, "grad_norm": norm}
@@ -210,7 +208,7 @@ def train(
         log.curve.append(row)
         on_step(row)
         if save and args.save_steps and (step + 1) % args.save_steps == 0 and step + 1 < args.steps:
-            save(State(log.curve, masters.state_dict(), torch.get_rng_state()))
+            save(State([*log.curve], masters.state_dict(), torch.get_rng_state()))
     model.eval()
     log.seconds = time.perf_counter() - began
     return log

@@ -42,15 +42,15 @@ def _finite(value: Any) -> Any:
     return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def show_plan(entries: list[Entry]) -> None:
-    """What becomes of the parameters, those that fare alike on one line."""
+def show_plan(entries: list[Entry], to: Callable[[str], None] = say) -> None:
+    """What becomes of the parameters, those that fare alike on one line, to standard error or elsewhere."""
     from halfbyte.plan import summary, totals
 
     for becomes, count, example, before, after, why in summary(entries):
         more = f"{count} x {example}" if count > 1 else example
-        say(f"  {becomes:18} {more:50} {before / 1e6:9.2f} -> {after / 1e6:8.2f} MB  {why}".rstrip())
+        to(f"  {becomes:18} {more:50} {before / 1e6:9.2f} -> {after / 1e6:8.2f} MB  {why}".rstrip())
     n, before, after = totals(entries)
-    say(f"  {n:,} parameters: {before / 1e6:.1f} -> {after / 1e6:.1f} MB, {8 * after / n:.2f} bits a weight")
+    to(f"  {n:,} parameters: {before / 1e6:.1f} -> {after / 1e6:.1f} MB, {8 * after / n:.2f} bits a weight")
 
 
 def progress(what: str, every: float = 2.0) -> Callable[[int, int], None]:

@@ -37,10 +37,11 @@ def command(
         on_batch=progress("batch"),
     )(loaded)  # fmt: skip
     row = loaded.rows[-1][1]
-    say(f"{model} on {row['tokens']} tokens of {data} ({row['conventions']}):")
+    show = say if json else print
+    show(f"{model} on {row['tokens']} tokens of {data} ({row['conventions']}):")
     for name, text in figures(row).items():
         if text:
-            say(f"  {name:22} {text}")
+            show(f"  {name:22} {text}")
     if json:
         emit({"model": model, "data": data, "against": against, **row})
     check_budget(Row(**row), max_kl, max_loss)

@@ -30,12 +30,18 @@ def command(
 
     if prompt is None and not sys.stdin.isatty():
         raise InputError("--prompt is missing, and there is no terminal to chat on.")
+    if prompt is None and json:
+        raise InputError("--json needs a --prompt: a chat is no object.")
+    if prompt == "":
+        raise InputError("--prompt is empty: give the model something to go on from.")
     if max_new_tokens < 1 or temperature < 0:
         raise InputError("--max-new-tokens must be at least 1 and --temperature at least 0.")
     loaded = run.load(model, dtype, revision)
     tokenizer = loaded.needs_tokenizer
     torch.manual_seed(seed)
     if prompt is None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise InputError(f"{model} has no chat template to chat through; give a --prompt to go on from.")
         _chat(loaded, max_new_tokens, temperature)
         return
     show = (lambda text: None) if json else (lambda text: print(text, end="", flush=True))

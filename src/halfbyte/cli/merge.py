@@ -30,9 +30,11 @@ def command(
     from halfbyte.recipe import merge_steps
     from halfbyte.run import disk_bytes, to_scheme
 
-    check_free(output, overwrite)
+    check_free(output, overwrite, adapter, data)
     scheme = None if to is None else to_scheme(to, group_size)
     merged = run.load(adapter)
+    if scheme is not None:
+        merged.holds(scheme)
     text = data or _recorded(merged.notes)
     for step in merge_steps(merged, scheme, base):
         step(merged)

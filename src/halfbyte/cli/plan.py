@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli.console import GroupSize, Json, ModelArgument, Revision, emit, say, show_plan
+from halfbyte.cli.console import GroupSize, Json, ModelArgument, Revision, emit, show_plan
 
 
 def command(
@@ -18,11 +18,14 @@ def command(
 ) -> None:
     """Say what would become of every parameter, and do nothing."""
     from halfbyte import models
+    from halfbyte.containers import peft
     from halfbyte.plan import plan, totals
     from halfbyte.run import to_scheme
 
     scheme = to_scheme(to, group_size)
-    entries = plan(models.load(model, revision=revision, weights=False).model, scheme)
+    path = models.resolve(model, revision)
+    source = peft.read(path)[0] if (path / peft.CONFIG).exists() else model  # merging leaves the base's layers
+    entries = plan(models.load(source, revision=revision, weights=False).model, scheme)
     n, before, after = totals(entries)
     if json:
         rows = [
@@ -32,5 +35,5 @@ def command(
         ]  # fmt: skip
         emit({"scheme": scheme.name, "parameters": rows, "count": n, "bytes_before": before, "bytes": after})
     else:
-        say(f"{model} -> {scheme.name}:")
-        show_plan(entries)
+        print(f"{model} -> {scheme.name}:")
+        show_plan(entries, print)

@@ -41,7 +41,7 @@ def command(
     from halfbyte.run import disk_bytes, to_scheme
     from halfbyte.steps import Freeze
 
-    check_free(output, overwrite)
+    check_free(output, overwrite, model, calibration)
     scheme, by = to_scheme(to, group_size), solvers.solver(solver)
     loaded = run.load(model, dtype, revision)
     entries = plan(loaded.model, scheme)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -64,8 +65,10 @@ def command(
 
     if resume and output.exists():
         say(f"{output} is finished; nothing to do.")
+        if json:
+            emit({"output": str(output), "method": method, **_finished(output)})
         return
-    check_free(output, overwrite)
+    check_free(output, overwrite, model, data, eval_data, adapter)
     scheme = None if to is None else to_scheme(to, group_size)
     settings: dict[str, Any] = {
         "data": data, "eval_data": eval_data, "eval_split": eval_split, "eval_steps": eval_steps, "steps": steps,
@@ -81,9 +84,9 @@ def command(
         "path": adapter,
     }  # fmt: skip
     plan = method_steps(method, scheme, settings, adapt if METHODS.get(method, METHODS["lora"]).adapts else None)
-    run = _load(model, data, dtype, revision, seed)
-    if scheme is not None and method in ("qat", "scales"):
-        run.holds(scheme)
+    run = _load(model, data, eval_data, dtype, revision, seed)
+    if scheme is not None and method in ("qat", "qat-lora", "scales"):
+        run.holds(scheme)  # of qlora's base nothing is left in the result
     with whole(output, overwrite, resume) as partial:
         run.checkpoint = partial / CHECKPOINT
         for step in plan:
@@ -99,6 +102,13 @@ def command(
         emit({"output": str(output), "method": method, **summary, **_held(run.log.curve)})
 
 
+def _finished(output: Path) -> dict[str, Any]:
+    """What the loss curve of a run that is done still tells."""
+    lines = (output / "curve.jsonl").read_text().splitlines() if (output / "curve.jsonl").exists() else []
+    curve = [json_module.loads(line) for line in lines]
+    return {"steps": len(curve), "loss": curve[-1]["loss"] if curve else None, **_held(curve)}
+
+
 def _one(target: str) -> str | list[str]:
     """A single word is a layer's name or ending; anything else a regular expression."""
     return [target] if target.replace("_", "").isalnum() and target != "all-linear" else target
@@ -108,12 +118,16 @@ def _held(curve: list[dict[str, float]]) -> dict[str, float]:
     return next(({"eval_loss": row["eval_loss"]} for row in reversed(curve) if "eval_loss" in row), {})
 
 
-def _load(model: str, data: str, dtype: str | None, revision: str | None, seed: int) -> Any:
+def _load(
+    model: str, data: str, eval_data: str | None, dtype: str | None, revision: str | None, seed: int
+) -> Any:  # fmt: skip
     """The model; a classifier of the data's labels where the architecture is an encoder."""
     from halfbyte import models, run
     from halfbyte.data import label_choices, read_records
 
     records = read_records(data)  # before the model: bad data should fail first
+    if eval_data is not None:
+        read_records(eval_data)
     labels = label_choices(records) if records[0].kind == "label" and models.is_encoder(model, revision) else None
     return run.load(model, dtype, revision, seed, labels)
 

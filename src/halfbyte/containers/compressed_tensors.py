@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -123,57 +122,110 @@ def _patterns(names: list[str], others: list[str]) -> list[str]:
 
 def formats(config: Mapping[str, Any], names: set[str], get: Get) -> dict[str, tuple[Format, Format | None]]:
     """Modules with a weight_scale, each under the first group whose target is its name, a pattern or "Linear"."""
-    groups = config.get("config_groups")
-    if not isinstance(groups, Mapping):
-        raise InputError("quantization_config: compressed-tensors needs config_groups.")
+    groups = _groups(config)
     out = {}
     for name in sorted(n.removesuffix(".weight_scale") for n in names if n.endswith(".weight_scale")):
-        group = next((g for g in groups.values() if any(_matches(t, name) for t in g.get("targets", []))), None)
-        group = group or next((g for g in groups.values() if "Linear" in g.get("targets", [])), None)
+        group = next((g for g in groups if any(_matches(t, name) for t in g["targets"])), None)
+        group = group or next((g for g in groups if "Linear" in g["targets"]), None)
         if group is None:
             raise InputError(f"quantization_config: no group of compressed-tensors covers {name}.")
+        if f"{name}.weight_g_idx" in names:
+            raise InputError(f"{name}.weight_g_idx: groups in the order of activations are not known to halfbyte.")
         input = group.get("input_activations")
         out[name] = (_format(group.get("weights"), name), None if input is None else _format(input, name))
     return out
 
 
+def _groups(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The config_groups. Raises InputError for what they leave open, and for what changes the result unseen."""
+    groups = config.get("config_groups")
+    if not isinstance(groups, Mapping):
+        raise InputError("quantization_config: compressed-tensors needs config_groups.")
+    if changed := [k for k in ("transform_config", "sparsity_config") if config.get(k)]:
+        raise InputError(f"quantization_config: {changed[0]} is not known to halfbyte.")
+    for key, g in groups.items():
+        targets = g.get("targets") if isinstance(g, Mapping) else None
+        if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
+            raise InputError(f"quantization_config: config_groups.{key} has no list of targets.")
+        input = g.get("input_activations")
+        if input is not None and not (isinstance(input, Mapping) and input.get("dynamic") is True):
+            raise InputError(f"quantization_config: config_groups.{key} rounds inputs by scales of a calibration.")
+        if g.get("output_activations") is not None:
+            raise InputError(f"quantization_config: config_groups.{key} rounds outputs, which halfbyte does not.")
+    return list(groups.values())
+
+
 def _matches(target: str, name: str) -> bool:
-    return bool(re.match(target[3:], name)) if target.startswith("re:") else target == name
+    if not target.startswith("re:"):
+        return target == name
+    try:
+        return bool(re.match(target[3:], name))
+    except re.error as e:
+        raise InputError(f"quantization_config: the target {target!r} is no regular expression: {e}.") from None
 
 
 def _format(args: Any, name: str) -> Format:
     try:
-        kind, bits, strategy = args["type"], args["num_bits"], args["strategy"]
-        group = f"g{args['group_size']}" if strategy == "group" else str(strategy)
-        base = "fp8-e4m3" if kind == "float" else f"int{bits}" if args.get("symmetric", True) else f"uint{bits}"
-        return FORMATS[f"{base}-{group}"]
-    except (KeyError, TypeError, InputError):
+        kind, bits, strategy, symmetric = args["type"], args["num_bits"], args["strategy"], args.get("symmetric", True)
+        group = f"g{args['group_size']:d}" if strategy == "group" else str(strategy)
+        base = {("float", True): f"fp{bits}-e4m3", ("int", True): f"int{bits}", ("int", False): f"uint{bits}"}
+        if args.get("actorder") not in (None, False, "weight", "static"):  # "group": columns in another order
+            raise InputError("actorder")
+        return FORMATS[f"{base[kind, symmetric]}-{group}"]
+    except (KeyError, TypeError, ValueError):  # an InputError is a ValueError
         raise InputError(f"quantization_config: {name}'s arguments are none that halfbyte knows: {args}.") from None
 
 
 def decode(name: str, f: Format, shape: tuple[int, ...], get: Get) -> QTensor:
-    scale = get(f"{name}.weight_scale")
-    if scale.numel() != prod(f.groups(shape)) or not scale.is_floating_point():
+    scale, groups = get(f"{name}.weight_scale"), f.groups(shape)
+    if _squeezed(tuple(scale.shape)) != _squeezed(groups) or scale.dtype not in _SCALES:
         raise InputError(
-            f"{name}.weight_scale: {f.name} needs {prod(f.groups(shape))} floats, not {list(scale.shape)}."
+            f"{name}.weight_scale: {f.name} needs floats of the shape {groups}, not {tuple(scale.shape)} {scale.dtype}."
         )
-    parts: dict[str, Tensor | QTensor] = {"scale": scale.reshape(f.groups(shape))}
-    floats = isinstance(f.grid, Float8)
-    codes = get(f"{name}.weight").view(torch.uint8) if floats else _integers(name, f, shape, get)
-    if f.zero:
-        packed = get(f"{name}.weight_zero_point")
-        parts["zero"] = _codes(packed.T, f.bits, shape[0]).T.contiguous()
-    if tuple(codes.shape) != shape:
-        raise InputError(f"{name}: the codes have the shape {tuple(codes.shape)}; the model needs {shape}.")
-    return check_parts(QTensor(f, shape, scale.dtype, {"codes": pack(codes, f.bits), **parts}))
+    if isinstance(f.grid, Float8):
+        codes, zero = _tensor(f"{name}.weight", f.grid.dtype, shape, get).view(torch.uint8), None
+    else:
+        codes, zero = _integers(name, f, shape, get)
+    parts: dict[str, Tensor | QTensor] = {"codes": pack(codes, f.bits), "scale": scale.reshape(groups)}
+    if zero is not None:
+        parts["zero"] = zero.contiguous()
+    return check_parts(QTensor(f, shape, scale.dtype, parts))
 
 
-def _integers(name: str, f: Format, shape: tuple[int, ...], get: Get) -> Tensor:
+_SCALES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(d for d in shape if d != 1)
+
+
+def _tensor(name: str, dtype: torch.dtype, shape: tuple[int, ...], get: Get) -> Tensor:
+    t = get(name)
+    if t.dtype != dtype or tuple(t.shape) != shape:
+        raise InputError(f"{name} should be {dtype} of the shape {shape}, not {t.dtype} {tuple(t.shape)}.")
+    return t
+
+
+def _integers(name: str, f: Format, shape: tuple[int, ...], get: Get) -> tuple[Tensor, Tensor | None]:
+    """Codes and, where the format has them, zero points: packed into int32, or an int8 each (int-quantized)."""
+    rows, groups, per = shape[0], f.groups(shape), 32 // f.bits
     try:
-        words = get(f"{name}.weight_packed")
+        get(f"{name}.weight_packed")
     except InputError:
-        stored = get(f"{name}.weight")
-        if stored.dtype != torch.int8:
-            raise InputError(f"{name}.weight should hold int8, not {stored.dtype}.") from None
-        return stored.view(torch.uint8) ^ 128
-    return _codes(words, f.bits, shape[-1])
+        half = 1 << (f.bits - 1)
+
+        def whole(part: str, size: tuple[int, ...]) -> Tensor:
+            q = _tensor(f"{name}.{part}", torch.int8, size, get).short() + half
+            if q.numel() and (q.min() < 0 or q.max() >= 2 * half):
+                raise InputError(f"{name}.{part} holds integers of more than {f.bits} bits.")
+            return q.to(torch.uint8)
+
+        return whole("weight", shape), whole("weight_zero_point", groups) if f.zero else None
+    words = _tensor(f"{name}.weight_packed", torch.int32, (rows, -(-shape[1] // per)), get)
+    if (stated := tuple(get(f"{name}.weight_shape").flatten().tolist())) != shape:
+        raise InputError(f"{name}.weight_shape says {stated}; the model needs {shape}.")
+    codes = _codes(words, f.bits, shape[1])
+    if not f.zero:
+        return codes, None
+    packed = _tensor(f"{name}.weight_zero_point", torch.int32, (-(-rows // per), groups[1]), get)
+    return codes, _codes(packed.T, f.bits, rows).T

@@ -22,6 +22,13 @@ _NEUTRAL: dict[str, Any] = {
     "trainable_token_indices": None, "target_parameters": None, "alora_invocation_tokens": None,
     "corda_config": None, "arrow_config": None, "exclude_modules": None, "layers_to_transform": None,
 }  # fmt: skip
+# Says nothing of what the adapter computes, once its weights are there.
+_SILENT = {
+    "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode",
+    "target_modules", "fan_in_fan_out", "layers_pattern", "megatron_core", "loftq_config", "eva_config",
+    "lora_ga_config", "ensure_weight_tying", "qalora_group_size",
+}  # fmt: skip
+_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # init_lora_weights that leave the base as it is
 _SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora")
 
 
@@ -56,9 +63,11 @@ def read(folder: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, Tensor]
     config = read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         raise InputError(f"{folder / CONFIG}: peft_type {config.get('peft_type')!r} is not known; LORA is.")
-    for key, neutral in _NEUTRAL.items():
-        if config.get(key, neutral) not in (neutral, None):
-            raise InputError(f"{folder / CONFIG}: {key}={config[key]!r} is not known to halfbyte.")
+    for key, value in config.items():
+        if key in _SILENT or key in _SETTINGS or (key == "init_lora_weights" and value in _STARTS):
+            continue
+        if value not in (_NEUTRAL.get(key), None, False, {}, []):  # a switch that is on, also one newer than this
+            raise InputError(f"{folder / CONFIG}: {key}={value!r} is not known to halfbyte.")
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str):
         raise InputError(f"{folder / CONFIG}: base_model_name_or_path is missing.")

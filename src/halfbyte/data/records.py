@@ -54,7 +54,7 @@ def read_records(path: str | Path) -> list[Record]:
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    if suffix not in {".jsonl", ".json", ".txt", ".md"}:
+    if path.is_file() and suffix not in {".jsonl", ".json", ".txt", ".md"}:
         raise InputError(f"{path}: data is read from .jsonl, .json, .txt or .md files, not from {suffix!r}.")
     text = _read_text(path)
     if not text.strip():

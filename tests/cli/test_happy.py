@@ -1,0 +1,265 @@
+"""Every verb, on a tiny model, to its good end."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import halfbyte as library
+
+METHODS = {"full": [], "lora": [], "qlora": [], "qat": ["--to", "W4A16"], "qat-lora": ["--to", "W4A16"],
+           "scales": ["--to", "W4A16"]}  # fmt: skip
+SMALL = ("--steps", "2", "--batch-size", "2", "--max-length", "64")
+LEDGER = {
+    "perplexity", "perplexity_error", "loss", "loss_difference", "loss_difference_low", "loss_difference_high",
+    "kl_mean", "kl_error", "kl_p99", "top1_agreement", "accuracy", "tokens", "context", "bytes", "bits_per_weight",
+}  # fmt: skip
+
+
+def _trained(halfbyte: Callable[..., Any], model: Path, data: Path, out: Path, method: str, *more: Any) -> Any:
+    said = halfbyte(
+        "train", model, "--data", data, "--method", method, *METHODS[method], *SMALL, "-o", out, "--json", *more
+    )
+    assert said.status == 0, said.err
+    return said
+
+
+def test_quantize_w8a16(halfbyte, tiny_llama, tmp_path):
+    said = halfbyte("quantize", tiny_llama, "--to", "W8A16", "-o", tmp_path / "out", "--json")
+    assert said.status == 0, said.err
+    assert said.json.keys() == {
+        "output", "scheme", "solver", "parameters", "bytes_before", "bytes", "bits_per_weight"
+    }  # fmt: skip
+    assert said.json["bytes"] < said.json["bytes_before"]
+    assert "embedding: a look-up" in said.err
+    assert not (tmp_path / "out.partial").exists()
+    assert json.loads((tmp_path / "out" / "ledger.json").read_text())[0]["stage"] == "quantized"
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md", "generation_config.json"):
+        assert (tmp_path / "out" / name).is_file()
+
+
+def test_quantize_w4a16_says_that_groups_became_smaller(halfbyte, tiny_llama, tmp_path):
+    said = halfbyte("quantize", tiny_llama, "--to", "w4a16", "-o", tmp_path / "out")
+    assert said.status == 0, said.err
+    assert said.out == ""
+    assert "groups of 64: 128 does not divide 64" in said.err
+    assert "int4-g128" in said.err  # of the layer with 128 inputs
+
+
+def test_quantize_needs_no_tokenizer_and_replaces_only_when_told(halfbyte, refused, untokenized, tmp_path):
+    out = tmp_path / "out"
+    assert halfbyte("quantize", untokenized, "--to", "int4-g32", "-o", out).status == 0
+    refused("quantize", untokenized, "--to", "W8A16", "-o", out, words="--overwrite")
+    assert halfbyte("quantize", untokenized, "--to", "W8A16", "-o", out, "--overwrite").status == 0
+    assert json.loads((out / "halfbyte.json").read_text())["stored"] == "W8A16"
+
+
+def test_rtn_says_that_it_needs_no_calibration(halfbyte, tiny_llama, tiny_data, tmp_path):
+    said = halfbyte("quantize", tiny_llama, "--to", "W8A16", "--calibration", tiny_data["text"], "-o", tmp_path / "out")
+    assert said.status == 0, said.err
+    assert "--calibration is not used" in said.err
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_train_and_what_follows(halfbyte, tiny_llama, tiny_data, tmp_path, method):
+    out = tmp_path / "out"
+    said = _trained(halfbyte, tiny_llama, tiny_data["text"], out, method, "--eval-split", "0.2")
+    row = said.json
+    assert {"steps", "loss", "tokens_per_second", "seconds", "trainable", "peak_memory", "eval_loss"} <= row.keys()
+    assert row["steps"] == 2
+    assert row["tokens_per_second"] > 0
+    assert "2 steps" in said.err
+    curve = [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in curve] == [1, 2]
+    assert (out / "tokenizer.json").is_file()
+    assert json.loads((out / "ledger.json").read_text())[-1]["stage"] == f"trained ({method})"
+    assert (out / "adapter_config.json").is_file() == (method in ("lora", "qlora", "qat-lora"))
+    after = halfbyte("evaluate", out, "--data", tiny_data["text"], "--json")
+    assert after.status == 0, after.err
+    assert after.json["perplexity"] > 1
+
+
+@pytest.mark.parametrize("shape", ["messages", "completion", "label"])
+def test_train_on_each_shape(halfbyte, tiny_llama, tiny_data, tmp_path, shape):
+    said = _trained(halfbyte, tiny_llama, tiny_data[shape], tmp_path / "out", "lora")
+    assert f"rows of {shape}" in said.err
+    row = halfbyte("evaluate", tmp_path / "out", "--data", tiny_data[shape], "--json").json
+    assert (row["accuracy"] is not None) == (shape == "label")
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "qat-lora"])
+@pytest.mark.parametrize("to", [None, "W8A16"])
+def test_merge(halfbyte, tiny_llama, tiny_data, tmp_path, method, to):
+    _trained(halfbyte, tiny_llama, tiny_data["text"], tmp_path / "adapter", method)
+    said = halfbyte("merge", tmp_path / "adapter", "-o", tmp_path / "out", "--json", *(("--to", to) if to else ()))
+    assert said.status == 0, said.err
+    assert "merged against unmerged" in said.err
+    stages = [r["stage"] for r in json.loads((tmp_path / "out" / "ledger.json").read_text())]
+    assert stages == ["merged, against unmerged"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert ("quantization_config" in config) == (to is not None or method == "qat-lora")
+    if to is None:
+        assert said.json["kl_mean"] < 1e-6
+    assert halfbyte("generate", tmp_path / "out", "--prompt", "The fox", "--max-new-tokens", "3").status == 0
+
+
+def test_merge_into_the_original(halfbyte, tiny_llama, tiny_data, tmp_path):
+    _trained(halfbyte, tiny_llama, tiny_data["text"], tmp_path / "adapter", "qlora")
+    said = halfbyte("merge", tmp_path / "adapter", "-o", tmp_path / "out", "--base", "original", "--json")
+    assert said.status == 0, said.err
+    assert said.json["kl_mean"] > 0  # it was trained on what NF4 made of the base
+
+
+def test_training_goes_on_from_an_adapter(halfbyte, tiny_llama, tiny_data, tmp_path):
+    _trained(halfbyte, tiny_llama, tiny_data["text"], tmp_path / "first", "lora")
+    said = _trained(
+        halfbyte, tiny_llama, tiny_data["text"], tmp_path / "second", "lora", "--adapter", tmp_path / "first"
+    )
+    assert said.json["trainable"] > 0
+
+
+def test_evaluate_has_the_keys_that_are_promised(halfbyte, tiny_llama, tiny_data, tmp_path):
+    halfbyte("quantize", tiny_llama, "--to", "int2-g32", "-o", tmp_path / "q")
+    said = halfbyte("evaluate", tmp_path / "q", "--data", tiny_data["text"], "--against", tiny_llama, "--json",
+                    "--context", 64)  # fmt: skip
+    assert said.status == 0, said.err
+    row = said.json
+    assert row.keys() >= LEDGER
+    assert row.keys() - LEDGER == {
+        "accuracy_error", "against", "conventions", "data", "model", "top1_error", "windows"
+    }  # fmt: skip
+    assert [k for k in LEDGER if row[k] is None] == ["accuracy"]
+    assert row["kl_mean"] > 0
+    assert row["context"] == 64
+    assert row["loss_difference_low"] <= row["loss_difference"] <= row["loss_difference_high"]
+    assert row["bytes"] == (tmp_path / "q" / "model.safetensors").stat().st_size
+    alone = halfbyte("evaluate", tmp_path / "q", "--data", tiny_data["text"], "--json").json
+    assert alone["kl_mean"] is None
+
+
+def test_budgets(halfbyte, tiny_llama, tiny_data):
+    base = ("evaluate", tiny_llama, "--data", tiny_data["text"])
+    assert halfbyte(*base, "--max-loss", 100, "--max-kl", "1e-6", "--against", tiny_llama).status == 0
+    said = halfbyte(*base, "--max-loss", 0.5, "--json")
+    assert said.status == 3
+    assert said.json["loss"] > 0.5  # the figures are printed all the same
+    assert "is above --max-loss 0.5." in said.err.splitlines()[-1]
+
+
+def test_generate(halfbyte, tiny_llama):
+    base = ("generate", tiny_llama, "--prompt", "The fox", "--max-new-tokens", 5)
+    said = halfbyte(*base, "--json")
+    assert said.status == 0, said.err
+    assert said.json.keys() == {"text", "tokens", "tokens_per_second"}
+    assert 1 <= said.json["tokens"] <= 5
+    assert said.json["tokens_per_second"] > 0
+    plain = halfbyte(*base)
+    assert plain.out == said.json["text"] + "\n"  # nothing but the text; the speed is on standard error
+    assert "a second" in plain.err
+    hot = [halfbyte(*base, "--temperature", 1.0, "--seed", s).out for s in (1, 1, 2)]
+    assert hot[0] == hot[1] != hot[2]
+    assert halfbyte(*base, "--chat").status == 0
+
+
+class Terminal:
+    """A standard input with a person at it."""
+
+    def __init__(self, *lines: str) -> None:
+        self.lines = list(lines)
+
+    def isatty(self) -> bool:
+        return True
+
+    def readline(self) -> str:
+        return self.lines.pop(0) if self.lines else ""
+
+
+@pytest.mark.parametrize("end", [(), ("\n",)])
+def test_chat_on_a_terminal(halfbyte, tiny_llama, monkeypatch, end):
+    monkeypatch.setattr(sys, "stdin", Terminal("hello\n", "and on\n", *end))
+    said = halfbyte("generate", tiny_llama, "--max-new-tokens", 3)
+    assert said.status == 0, said.err
+    assert said.out.count("you: ") == 3
+    assert "An empty line ends the chat." in said.err
+
+
+def test_inspect(halfbyte, tiny_llama, tmp_path):
+    halfbyte("quantize", tiny_llama, "--to", "W4A16", "-o", tmp_path / "q")
+    said = halfbyte("inspect", tmp_path / "q", "--json")
+    assert said.status == 0, said.err
+    rows = {r["name"]: r for r in said.json["parameters"]}
+    assert rows["lm_head.weight"]["tied_to"] == "model.embed_tokens.weight"
+    assert rows["model.layers.0.mlp.down_proj.weight"]["format"] == "int4-g128"
+    assert rows["model.layers.0.mlp.down_proj.weight"]["shape"] == [64, 128]
+    assert all(r.keys() == {"name", "shape", "format", "bytes", "tied_to"} for r in rows.values())
+    assert said.json["bytes"] == sum(r["bytes"] for r in rows.values())
+    plain = halfbyte("inspect", tmp_path / "q")
+    assert "int4-g64" in plain.out
+    assert "bits a weight" in plain.out
+
+
+def test_plan_does_nothing(halfbyte, tiny_llama, tmp_path):
+    said = halfbyte("plan", tiny_llama, "--to", "int8-channel", "--json")
+    assert said.status == 0, said.err
+    after = {r["name"]: r["after"] for r in said.json["parameters"]}
+    assert after["model.layers.0.self_attn.q_proj.weight"] == "int8-channel"
+    assert after["model.norm.weight"] == "float32"
+    assert halfbyte("plan", tiny_llama, "--to", "int8-channel").status == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+STEPS = """
+model: {model}
+output: {out}
+steps:
+  - freeze: {{scheme: NF4}}
+  - adapt: {{r: 4}}
+  - train: {{data: {data}, steps: 2, batch_size: 2, max_length: 64}}
+  - merge
+  - evaluate: {{data: {data}, against: {model}}}
+"""
+METHOD = """
+model: {model}
+output: {out}
+seed: 1
+method: qat-lora
+to: W4A16
+train: {{data: {data}, steps: 2, batch_size: 2, max_length: 64, learning_rate: 1e-3}}
+adapt: {{r: 4}}
+"""
+
+
+@pytest.mark.parametrize("text", [STEPS, METHOD], ids=["steps", "method"])
+def test_run_a_recipe(halfbyte, tiny_llama, tiny_data, tmp_path, text):
+    out = tmp_path / "out"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text.format(model=tiny_llama, out=out, data=tiny_data["text"]))
+    said = halfbyte("run", recipe, "--json")
+    assert said.status == 0, said.err
+    assert said.json["training"]["steps"] == 2
+    assert out.is_dir()
+    assert len(said.json["ledger"]) == (text is STEPS)
+    assert "step 1/" in said.err
+    assert halfbyte("run", recipe).status == 2
+    assert halfbyte("run", recipe, "--overwrite").status == 0
+
+
+def test_doctor(halfbyte):
+    said = halfbyte("doctor", "--json")
+    assert said.status == 0
+    assert said.json["halfbyte"] == library.__version__
+    assert said.json["packages"]["torch"] == torch.__version__
+    assert "all that halfbyte needs is installed" in halfbyte("doctor").out
+
+
+def test_every_command_says_one_line_of_json_with_real_numbers(halfbyte, tiny_llama, tmp_path):
+    (tmp_path / "one.txt").write_text("The fox jumps.")  # one window: an error cannot be known, and is null
+    said = halfbyte("evaluate", tiny_llama, "--data", tmp_path / "one.txt", "--json")
+    assert said.json["perplexity_error"] is None
+    assert "NaN" not in said.out

@@ -1,0 +1,227 @@
+"""Adapter folders in PEFT's layout: PEFT computes what we wrote, we compute what PEFT wrote."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from halfbyte import InputError, recipe, run
+from halfbyte.adapters import attached
+from halfbyte.containers import peft as container
+from halfbyte.layers import Codes, ops
+from halfbyte.steps import Adapt
+from miniatures import folder, logits, quantized
+
+SETTINGS = [
+    {"r": 4, "lora_alpha": 8},
+    {"r": 2, "lora_alpha": 3.5, "use_rslora": True},
+    {"r": 3, "lora_alpha": 6, "lora_dropout": 0.5},
+]
+
+
+def adapted(base, **settings):
+    """A run with adapters whose B is not zero, as after training."""
+    made = run.load(base)
+    Adapt(**settings)(made)
+    with torch.no_grad():
+        for adapter in attached(made.model).values():
+            adapter.lora_B.normal_(std=0.05)
+    made.model.eval()
+    return made
+
+
+def written_by_peft(base, out, **settings):
+    """A folder that PEFT wrote, and the logits of its model."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings)).eval()
+    wrapped.save_pretrained(out)
+    return logits(wrapped)
+
+
+def edit(path, **changes):
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("name", ["llama", "llama-untied", "gpt2"])
+def test_peft_computes_what_we_wrote(tmp_path, name, settings):
+    base = folder(tmp_path / "base", name)
+    made = adapted(base, **settings)
+    out = recipe.save(made, tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out).eval()
+    torch.testing.assert_close(logits(theirs), logits(made.model), rtol=0, atol=2e-6)
+    assert not torch.allclose(logits(made.model), logits(run.load(base).model), atol=1e-3)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize(("name", "targets"), [("llama", ["q_proj", "down_proj"]), ("gpt2", ["c_attn", "c_proj"])])
+def test_we_compute_what_peft_wrote(tmp_path, name, targets, settings):
+    base = folder(tmp_path / "base", name)
+    turned = {"fan_in_fan_out": True} if name == "gpt2" else {}
+    theirs = written_by_peft(base, tmp_path / "adapter", target_modules=targets, **settings, **turned)
+    made = run.load(tmp_path / "adapter")
+    torch.testing.assert_close(logits(made.model), theirs, rtol=0, atol=2e-6)
+    assert {n.rpartition(".")[2] for n in attached(made.model)} == set(targets)
+
+
+def test_transformers_own_loader_takes_our_folder(tmp_path):
+    base = folder(tmp_path / "base")
+    made = adapted(base, r=4)
+    out = recipe.save(made, tmp_path / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.load_adapter(str(out))
+    torch.testing.assert_close(logits(model.eval()), logits(made.model), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_we_wrote_comes_back_bit_for_bit(tmp_path, dtype):
+    made = adapted(folder(tmp_path / "base", dtype=dtype), **SETTINGS[1])
+    out = recipe.save(made, tmp_path / "adapter")
+    tensors = load_file(out / "adapter_model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in tensors
+    again = run.load(out)
+    assert torch.equal(logits(again.model), logits(made.model))
+    assert [a.settings() for a in attached(again.model).values()] == [
+        a.settings() for a in attached(made.model).values()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("targets", "stated"),
+    [
+        ("all-linear", ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        (r".*layers\.1.*q_proj", ["model.layers.1.self_attn.q_proj"]),  # "q_proj" would meet layer 0 too
+    ],
+)
+def test_target_modules_are_endings_where_these_meet_just_the_adapted_layers(tmp_path, targets, stated):
+    made = adapted(folder(tmp_path / "base"), target_modules=targets, r=2)
+    out = recipe.save(made, tmp_path / "adapter")
+    assert json.loads((out / "adapter_config.json").read_text())["target_modules"] == stated
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), out).eval()
+    torch.testing.assert_close(logits(theirs), logits(made.model), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("key", "settings"),
+    [
+        ("use_dora", {"use_dora": True}),
+        ("modules_to_save", {"modules_to_save": ["lm_head"]}),
+        ("rank_pattern", {"rank_pattern": {"q_proj": 2}}),
+        ("alpha_pattern", {"alpha_pattern": {"q_proj": 2}}),
+        ("bias", {"bias": "lora_only"}),
+        ("layers_to_transform", {"layers_to_transform": [0]}),
+        ("trainable_token_indices", {"trainable_token_indices": [3]}),
+    ],
+)
+def test_what_else_peft_can_do_is_refused_by_name(tmp_path, key, settings):
+    base = folder(tmp_path / "base", "llama-untied")
+    written_by_peft(base, tmp_path / "adapter", target_modules=["q_proj"], r=4, **settings)
+    with pytest.raises(InputError, match=key):
+        run.load(tmp_path / "adapter")
+
+
+def test_no_switch_of_this_peft_is_taken_for_one_that_is_on(tmp_path):
+    base = folder(tmp_path / "base")
+    written_by_peft(base, tmp_path / "adapter", target_modules=["q_proj"], r=4)
+    container.read(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("value", [True, {"rank": 2}, "yes", 3, ["q_proj"]])
+def test_a_switch_that_nobody_knows_yet_is_refused_where_it_is_on(tmp_path, value):
+    out = recipe.save(adapted(folder(tmp_path / "base"), r=4), tmp_path / "adapter")
+    edit(out, use_something_new=value)
+    with pytest.raises(InputError, match="use_something_new"):
+        run.load(out)
+    edit(out, use_something_new=None)
+    run.load(out)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "loftq"])
+def test_starts_that_change_the_base_are_refused(tmp_path, start):
+    out = recipe.save(adapted(folder(tmp_path / "base"), r=4), tmp_path / "adapter")
+    edit(out, init_lora_weights=start)
+    with pytest.raises(InputError, match=start):
+        run.load(out)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"peft_type": None}, "peft_type"),
+        ({"r": "four"}, "r should be a number"),
+        ({"r": None}, "r should be a number"),
+        ({"r": 0}, "at least 1"),
+        ({"lora_alpha": [8]}, "lora_alpha"),
+        ({"lora_dropout": 7.0}, "dropout"),
+        ({"base_model_name_or_path": None}, "base_model_name_or_path"),
+        ({"base_model_name_or_path": "no/such/folder/here"}, "no such"),
+        ({"r": 8}, "shape"),
+    ],
+)
+def test_broken_settings_are_refused(tmp_path, changes, says):
+    out = recipe.save(adapted(folder(tmp_path / "base"), r=4), tmp_path / "adapter")
+    edit(out, **changes)
+    with pytest.raises(InputError, match=says):
+        run.load(out)
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+SEVENTH = Q.replace(".0.", ".7.")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: t.pop(f"{Q}.lora_A.weight"), "lacks lora_A or lora_B"),
+        (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(3)}), "lora_magnitude_vector"),
+        (lambda t: t.update({"other": torch.ones(3)}), "other"),
+        (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4, 63)}), "shape"),
+        (
+            lambda t: t.update({f"{Q.replace('.0.', '.7.')}.lora_{k}.weight": torch.ones(4, 64) for k in "AB"}),
+            r"layers\.7",
+        ),
+    ],
+)
+def test_broken_tensors_are_refused_by_name(tmp_path, change, says):
+    out = recipe.save(adapted(folder(tmp_path / "base"), r=4), tmp_path / "adapter")
+    tensors = load_file(out / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, out / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=says):
+        run.load(out)
+
+
+def test_adapters_in_pickle_files_are_not_read(tmp_path):
+    out = recipe.save(adapted(folder(tmp_path / "base"), r=4), tmp_path / "adapter")
+    (out / "adapter_model.safetensors").rename(out / "adapter_model.bin")
+    with pytest.raises(InputError, match="pickle"):
+        run.load(out)
+
+
+def test_an_adapter_refuses_another_base(tmp_path):
+    made = adapted(folder(tmp_path / "base"), r=4)
+    made.notes["base_sha256"] = made.loaded.sha256
+    out = recipe.save(made, tmp_path / "adapter")
+    run.load(out)
+    torch.manual_seed(1)
+    folder(tmp_path / "base")  # other weights at the same place
+    with pytest.raises(InputError, match="other weights"):
+        run.load(out)
+
+
+def test_a_peft_adapter_goes_onto_a_quantized_base(tmp_path):
+    base = folder(tmp_path / "base")
+    written_by_peft(base, tmp_path / "adapter", target_modules=["q_proj"], r=4)
+    made = quantized(base, "nf4-g64")
+    before = logits(made.model)
+    Adapt(path=str(tmp_path / "adapter"))(made)
+    assert len(attached(made.model)) == 2
+    assert not torch.equal(logits(made.model), before)
+    assert all(isinstance(op.weight.stored, Codes) for n, op in ops(made.model) if n in attached(made.model))

@@ -1,0 +1,116 @@
+"""The driver: which weights go to which solver, in which order, and what does not need one."""
+
+import pytest
+import torch
+
+from halfbyte import InputError, calibrate, data, kernels, models, run
+from halfbyte.formats import parse
+from halfbyte.layers import Codes, ops
+from halfbyte.models import roles
+from halfbyte.solvers import Solver, solver
+from miniatures import folder, logits, tokenizer
+
+INT4 = parse("int4-g32")
+
+
+def batches(n: int = 2):
+    rows = data.encode(data.records([{"text": f"some words, number {i}, and more"} for i in range(n)]), tokenizer(), 12)
+    return [next(data.batches(rows, 1, seed=i, pad_token_id=0)) for i in range(n)]
+
+
+def chosen(model, *kinds):
+    return {n: INT4 for n, role in roles(model).items() if role in kinds}
+
+
+def coded(model):
+    return {n for n, op in ops(model) if isinstance(op.weight.stored, Codes)}
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-untied", "gpt2", "neox", "gemma3"])
+def test_round_to_nearest_needs_no_data_and_rounds_each_weight_by_itself(tmp_path, name):
+    model = models.load(folder(tmp_path / "m", name)).model
+    wanted = chosen(model, "linear", "conv1d")
+    before = {n: op.weight.value().clone() for n, op in ops(model)}
+    calibrate.freeze(model, wanted, solver("rtn"))
+    assert coded(model) == set(wanted)
+    for n, op in ops(model):
+        expected = kernels.quantize(before[n], INT4).dequantize() if n in wanted else before[n]
+        assert torch.equal(op.weight.value(), expected)
+
+
+def test_progress_is_told_by_block(tmp_path):
+    model = models.load(folder(tmp_path / "m", "llama-untied")).model
+    seen = []
+    calibrate.freeze(model, chosen(model, "linear", "head"), solver("rtn"), on_block=lambda i, n: seen.append((i, n)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]  # two blocks, and what lies outside
+
+
+def test_a_solver_that_needs_data_is_not_run_without(tmp_path):
+    model = models.load(folder(tmp_path / "m")).model
+    needy = Solver("needy", lambda *_: {}, True, "")
+    for nothing in (None, []):
+        with pytest.raises(InputError, match="--calibration"):
+            calibrate.freeze(model, chosen(model, "linear"), needy, nothing)
+    assert not coded(model)
+
+
+@pytest.mark.parametrize("name", ["llama-untied", "gpt2", "neox", "opt", "gemma3", "qwen2"])
+def test_each_block_is_solved_on_what_the_quantized_ones_before_it_give(tmp_path, name):
+    model = models.load(folder(tmp_path / "m", name)).model
+    calls = []
+
+    def solve(block, inputs, targets, sites):
+        calls.append((inputs, targets, list(sites)))
+        return solver("rtn").solve(block, inputs, targets, sites)
+
+    wanted = chosen(model, "linear", "conv1d")
+    float_outputs = hidden(model, 0)
+    calibrate.freeze(model, wanted, Solver("watch", solve, True, ""), batches())
+    assert [n for _, _, names in calls for n in names] == list(wanted)
+    assert len(calls) == 2
+    assert [t.shape for t in calls[0][1]] == [t.shape for t in calls[1][0]]
+    quantized_outputs = hidden(model, 0)
+    for ours, target, after in zip(calls[1][0], calls[0][1], quantized_outputs, strict=True):
+        assert torch.equal(ours, after)
+        assert not torch.equal(ours, target)
+    for target, before in zip(calls[0][1], float_outputs, strict=True):
+        assert torch.equal(target, before)
+
+
+def hidden(model, block: int):
+    """What a block gives on the batches, in a plain forward."""
+    out = []
+    module = models.blocks(model)[block][1]
+    handle = module.register_forward_hook(lambda m, args, y: out.append(y[0] if isinstance(y, tuple) else y))
+    with torch.inference_mode():
+        for b in batches():
+            model(**b.inputs)
+    handle.remove()
+    return out
+
+
+def test_weights_outside_the_blocks_are_rounded_to_nearest_whatever_the_solver(tmp_path):
+    model = models.load(folder(tmp_path / "m", "llama-untied")).model
+    head = model.lm_head.weight.value().clone()
+    asked = []
+
+    def solve(block, inputs, targets, sites):
+        asked.extend(sites)
+        return solver("rtn").solve(block, inputs, targets, sites)
+
+    calibrate.freeze(model, chosen(model, "linear", "head"), Solver("watch", solve, True, ""), batches())
+    assert "lm_head" not in asked
+    assert torch.equal(model.lm_head.weight.value(), kernels.quantize(head, INT4).dequantize())
+
+
+def test_an_unknown_solver_is_refused_by_name():
+    with pytest.raises(InputError, match=r"rntt.*rtn"):
+        solver("rntt")
+
+
+def test_calibrating_leaves_no_hooks_and_no_gradients(tmp_path):
+    made = run.load(folder(tmp_path / "m"))
+    before = logits(made.model)
+    calibrate.freeze(made.model, {}, Solver("watch", lambda *_: {}, True, ""), batches())
+    assert torch.equal(logits(made.model), before)
+    assert not any(m._forward_pre_hooks for m in made.model.modules())

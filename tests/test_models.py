@@ -1,0 +1,203 @@
+"""Folders that transformers wrote, read by us, and folders that we wrote, read by transformers."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from halfbyte import InputError, models
+from halfbyte.layers import Linear, ops, swap
+from halfbyte.models import blocks, roles, tied
+from miniatures import MINIATURES, folder, logits, make
+
+CAUSAL = ["llama", "llama-untied", "qwen2", "gemma3", "neox", "opt", "gpt2"]
+RENAMED = ["neox", "mixtral", "qwen3-moe"]  # on disk by other names than in memory; we write those in memory
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def theirs(path, name, **kwargs):
+    return getattr(transformers, MINIATURES[name][0]).from_pretrained(path, **kwargs).eval()
+
+
+def rewrite(path, change, **config):
+    """Changes the tensors and the config of a folder."""
+    tensors = load_file(path / "model.safetensors")
+    save_file(change(tensors) or tensors, path / "model.safetensors", metadata={"format": "pt"})
+    stated = json.loads((path / "config.json").read_text()) | config
+    (path / "config.json").write_text(json.dumps(stated))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", MINIATURES)
+def test_we_read_what_transformers_wrote(tmp_path, name, dtype):
+    path = folder(tmp_path / "m", name, dtype)
+    loaded = models.load(path)
+    assert loaded.config.dtype == dtype
+    assert {p.dtype for p in loaded.model.parameters()} == {dtype}
+    assert torch.equal(logits(loaded.model), logits(theirs(path, name)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", MINIATURES)
+def test_transformers_reads_what_we_wrote(tmp_path, name, dtype):
+    loaded = models.load(folder(tmp_path / "m", name, dtype))
+    (tmp_path / "out").mkdir()
+    assert models.save(loaded, tmp_path / "out") is None
+    again = theirs(tmp_path / "out", name)
+    assert again.dtype == dtype
+    assert torch.equal(logits(again), logits(loaded.model))
+    if name in RENAMED:
+        return
+    before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("m", "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_another_dtype_than_the_checkpoints(tmp_path, name):
+    path = folder(tmp_path / "m", name, torch.bfloat16)
+    loaded = models.load(path, torch.float32)
+    assert torch.equal(logits(loaded.model), logits(theirs(path, name, dtype=torch.float32)))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert"])
+def test_checkpoints_of_a_bare_model_lack_its_prefix(tmp_path, name):
+    path = folder(tmp_path / "m", name)
+    whole = logits(models.load(path).model)
+    prefix = theirs(path, name).base_model_prefix + "."
+    rewrite(path, lambda t: {n.removeprefix(prefix): v for n, v in t.items()})
+    assert torch.equal(logits(models.load(path).model), whole)
+
+
+def test_several_shards(tmp_path):
+    model = make("llama-untied")
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert torch.equal(logits(models.load(tmp_path).model), logits(model))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma3"])
+def test_tied_weights_are_one_and_are_saved_once(tmp_path, name):
+    loaded = models.load(folder(tmp_path / "m", name))
+    model = loaded.model
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert list(tied(model)) == ["lm_head"]
+    assert sum(p.numel() for p in model.parameters()) == theirs(tmp_path / "m", name).num_parameters()
+    assert roles(model)["lm_head"] == "embedding"
+
+
+def test_a_checkpoint_that_holds_the_tied_head_alone(tmp_path):
+    path = folder(tmp_path / "m")
+    before = logits(models.load(path).model)
+    rewrite(path, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    assert torch.equal(logits(models.load(path).model), before)
+
+
+def test_the_roles_of_each_architecture():
+    def of(name):
+        found = {}
+        for n, role in roles(swap(make(name))).items():
+            found.setdefault(role, set()).add(n.rpartition(".")[2])
+        return found
+
+    assert of("llama-untied")["head"] == {"lm_head"}
+    assert of("llama-untied")["embedding"] == {"embed_tokens"}
+    assert of("gpt2") == {"conv1d": {"c_attn", "c_proj", "c_fc"}, "embedding": {"wte", "wpe", "lm_head"}}
+    assert of("neox")["head"] <= {"embed_out", "lm_head"}
+    assert of("bert")["head"] == {"dense", "classifier"}  # the pooler feeds the classifier alone
+
+
+@pytest.mark.parametrize("name", MINIATURES)
+def test_blocks_are_the_layers_in_order(name):
+    model = swap(make(name))
+    found = blocks(model)
+    assert len(found) == 2
+    assert all(model.get_submodule(n) is m for n, m in found)
+    inside = [n for n, op in ops(model) if isinstance(op, Linear) and any(n.startswith(f"{p}.") for p, _ in found)]
+    assert len(inside) >= 8
+
+
+def test_a_model_without_blocks_has_none():
+    assert blocks(nn.Sequential(nn.Linear(2, 2))) == []
+
+
+def test_without_weights_nothing_is_read(tmp_path):
+    loaded = models.load(folder(tmp_path / "m"), weights=False)
+    assert all(p.device.type == "meta" for p in loaded.model.parameters())
+
+
+def test_labels_make_a_classifier_with_a_new_head(tmp_path):
+    path = folder(tmp_path / "m", "bert", num_labels=2)
+    rewrite(path, lambda t: {n: v for n, v in t.items() if not n.startswith("classifier")})
+    model = models.load(path, labels=["bad", "fair", "good"]).model
+    assert model.config.id2label == {0: "bad", 1: "fair", 2: "good"}
+    assert logits(model).shape == (2, 3)
+    assert model.classifier.weight.base().std() == pytest.approx(0.02, rel=0.3)
+
+
+# ---- what cannot be read
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    path = folder(tmp_path / "m")
+    rewrite(path, lambda t: {n: v for n, v in t.items() if "layers.1.mlp.up_proj" not in n})
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj"):
+        models.load(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"]
+)
+def test_a_wrong_shape_is_named(tmp_path, name):
+    path = folder(tmp_path / "m")
+    rewrite(path, lambda t: t.update({name: t[name][:-1].contiguous()}))
+    with pytest.raises(InputError, match=name):
+        models.load(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_codes_without_an_explanation_are_refused(tmp_path, dtype):
+    path = folder(tmp_path / "m")
+    name = "model.layers.0.mlp.up_proj.weight"
+    rewrite(path, lambda t: t.update({name: t[name].to(dtype)}))
+    with pytest.raises(InputError, match=name):
+        models.load(path)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"model_type": "no-such-thing"}, "no-such-thing"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling.Model"}, "model_type": "own"}, "no code from a checkpoint"),
+        ({"architectures": ["NoSuchModel"], "model_type": "vit"}, "NoSuchModel"),
+    ],
+)
+def test_configs_that_cannot_be_used(tmp_path, config, says):
+    path = folder(tmp_path / "m")
+    rewrite(path, lambda t: None, **config)
+    with pytest.raises(InputError, match=says):
+        models.load(path)
+
+
+@pytest.mark.parametrize("source", ["no/such/folder", "no-such-file.gguf", "/no/such/path/at/all"])
+def test_what_is_not_there(source, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match=source):
+        models.load(source)
+
+
+def test_a_folder_without_a_config(tmp_path):
+    with pytest.raises(InputError, match=r"config\.json"):
+        models.load(tmp_path)
+
+
+def test_code_in_the_folder_is_never_run(tmp_path):
+    path = folder(tmp_path / "m")
+    (path / "modeling.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    rewrite(path, lambda t: None, auto_map={"AutoModelForCausalLM": "modeling.M", "AutoConfig": "modeling.C"})
+    models.load(path)  # a known architecture needs none of it
+    assert not (tmp_path / "ran").exists()
