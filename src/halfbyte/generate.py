@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from torch import nn
 
 from halfbyte.data import encode_prompt
 from halfbyte.errors import InputError
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 @dataclass
@@ -66,17 +69,17 @@ def generate(
             f"--max-new-tokens {max_new_tokens} after a prompt of {len(ids)} are more than the {most} tokens that this "
             "model takes."
         )
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    if temperature == 0 and getattr(model, "generation_config", None) is not None:
-        # transformers warns of sampling settings that greedy decoding does not use
-        model.generation_config.update(temperature=None, top_p=None, top_k=None)  # pyright: ignore
+    config: Any = copy.deepcopy(model.generation_config)  # the model's own stays as it is: it is saved with it
+    config.update(max_new_tokens=max_new_tokens, max_length=None, do_sample=temperature > 0)
+    # greedy decoding uses no sampling settings, and transformers warns of those that are there
+    config.update(**({"temperature": temperature} if temperature > 0 else dict.fromkeys(_SAMPLING)))
     clock = _Clock(tokenizer, on_text)
     tokens = torch.tensor([ids])
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.inference_mode():
         out = model.generate(  # pyright: ignore[reportCallIssue]
-            input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=max_new_tokens,
-            pad_token_id=pad, streamer=clock, **sampling,
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), pad_token_id=pad, streamer=clock,
+            generation_config=config,
         )  # fmt: skip
     new = out[0, len(ids) :].tolist()
     spent = clock.times[-1] - clock.times[1] if len(clock.times) > 2 else 0.0

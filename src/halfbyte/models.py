@@ -186,7 +186,7 @@ def _check_size(model: nn.Module, shards: Shards, path: Path) -> None:
     """Raises InputError where the config describes a far larger model than the weights hold: transformers would
     fill the memory with random ones first."""
     needed, held = sum(p.numel() for p in model.parameters()), sum(math.prod(shards.shape(n)) for n in shards)
-    if needed > 1.1 * held:
+    if needed > 2 * held:
         raise InputError(f"{path}: config.json describes {needed:,} parameters, but its weights are {held:,}.")
 
 

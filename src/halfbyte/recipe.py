@@ -47,7 +47,8 @@ def method_steps(method: str, to: Any, train: Mapping[str, Any], adapt: Mapping[
     if made.needs_scheme and to is None:
         raise InputError(f"--method {method} needs --to SCHEME: what the result will be stored in.")
     if to is not None and method in ("full", "lora"):
-        raise InputError(f"--method {method} takes no --to: it quantizes nothing. Train, then merge --to {to}.")
+        name = to_scheme(to).name
+        raise InputError(f"--method {method} takes no --to: it quantizes nothing. Train, then merge --to {name}.")
     own = {k: v for k, v in train.items() if k in Train.model_fields}
     rest = {**{k: v for k, v in train.items() if k not in own}, **(adapt or {})}
     if rest and not made.adapts:

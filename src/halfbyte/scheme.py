@@ -74,6 +74,8 @@ class Scheme:
 
     def with_group(self, group: int) -> Scheme:
         """The same scheme with a group size that the user gave: never changed to fit a layer."""
+        if group < 1:
+            raise InputError(f"--group-size must be at least 1, not {group}.")
         rules = tuple(
             replace(r, weight=r.weight.with_group(group)) if r.weight and isinstance(r.weight.group, int) else r
             for r in self.rules

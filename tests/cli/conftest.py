@@ -71,7 +71,6 @@ def refused(halfbyte: Callable[..., Said], tmp_path: Path) -> Callable[..., str]
         said = halfbyte(*argv)
         assert said.status == 2, said
         assert said.out == ""
-        open("/tmp/said","a").write(f"{len(said.err.splitlines())} {said.err.splitlines()[-1]}\n")
         sentence = said.err.splitlines()[-1]
         assert sentence.startswith("halfbyte: "), said.err
         assert "Traceback" not in said.err

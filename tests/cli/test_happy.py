@@ -118,6 +118,8 @@ def test_merge_into_the_original(halfbyte, tiny_llama, tiny_data, tmp_path):
 
 def test_training_goes_on_from_an_adapter(halfbyte, tiny_llama, tiny_data, tmp_path):
     _trained(halfbyte, tiny_llama, tiny_data["text"], tmp_path / "first", "lora")
+    assert halfbyte("plan", tmp_path / "first", "--to", "W8A16").status == 0  # of its base
+    assert halfbyte("inspect", tmp_path / "first").status == 0
     said = _trained(
         halfbyte, tiny_llama, tiny_data["text"], tmp_path / "second", "lora", "--adapter", tmp_path / "first"
     )

@@ -1,6 +1,7 @@
 """Adapter folders in PEFT's layout: PEFT computes what we wrote, we compute what PEFT wrote."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def written_by_peft(base, out, **settings):
     """A folder that PEFT wrote, and the logits of its model."""
     model = AutoModelForCausalLM.from_pretrained(base)
     wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings)).eval()
-    wrapped.save_pretrained(out)
+    wrapped.save_pretrained(out, save_embedding_layers=False)  # "auto" would add the whole head, where it is adapted
     return logits(wrapped)
 
 
@@ -225,3 +226,21 @@ def test_a_peft_adapter_goes_onto_a_quantized_base(tmp_path):
     assert len(attached(made.model)) == 2
     assert not torch.equal(logits(made.model), before)
     assert all(isinstance(op.weight.stored, Codes) for n, op in ops(made.model) if n in attached(made.model))
+
+
+def test_a_tied_head_gets_no_adapter(tmp_path):
+    """PEFT's would move the head alone; one on the shared weight would move the embedding with it."""
+    base = folder(tmp_path / "base")
+    with pytest.raises(InputError, match=r"lm_head shares its weight with model\.embed_tokens"):
+        adapted(base, target_modules=["lm_head"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of the same
+        written_by_peft(base, tmp_path / "adapter", target_modules=["lm_head"], r=4)
+    with pytest.raises(InputError, match="lm_head shares"):
+        run.load(tmp_path / "adapter")
+
+
+def test_an_untied_head_gets_one(tmp_path):
+    base = folder(tmp_path / "base", "llama-untied")
+    theirs = written_by_peft(base, tmp_path / "adapter", target_modules=["lm_head"], r=4)
+    torch.testing.assert_close(logits(run.load(tmp_path / "adapter").model), theirs, rtol=0, atol=2e-6)

@@ -62,11 +62,18 @@ def _endings(names: list[str]) -> str:
 
 
 def attach(model: nn.Module, names: list[str], kind: str = "lora", **settings: Any) -> dict[str, Weight]:
-    """Adds an adapter of a kind in ADAPTERS to the weights of the named ops. Returns them by op's name."""
+    """Adds an adapter of a kind in ADAPTERS to the weights of the named ops. Returns them by op's name.
+
+    Raises InputError for a head that is tied: its adapter would move the embedding too, which PEFT's does not.
+    """
     if kind not in ADAPTERS:
         raise InputError(f"there is no adapter {kind!r}; those are {', '.join(ADAPTERS)}.")
     by_name = dict(ops(model))
     met = {name: by_name[name].weight for name in names}
+    embeddings = {id(op.weight): n for n, op in ops(model) if not isinstance(op, Linear)}
+    if shared := [n for n, w in met.items() if id(w) in embeddings]:
+        other = embeddings[id(met[shared[0]])]
+        raise InputError(f"{shared[0]} shares its weight with {other}, so that it cannot have an adapter of its own.")
     for weight in met.values():
         weight.adapters[NAME] = ADAPTERS[kind](weight, **settings)
     return met
