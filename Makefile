@@ -18,7 +18,7 @@ demo: setup
 	$(BIN)/halfbyte demo -o demo-run --overwrite
 
 test: setup
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # two workers: more threads would only wait for each other
 
 check: setup
 	$(BIN)/ruff check .
