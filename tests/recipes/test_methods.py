@@ -168,6 +168,7 @@ def test_qlora_merges_into_what_was_trained(tmp_path, dtype):
     unmerged = logits(made.model)
     made.merge()
     assert all(torch.equal(w.value(), expected[n]) for n, w in weights(made.model).items())
+    assert {w.value().dtype for w in weights(made.model).values()} == {dtype}
     assert not attached(made.model)
     # the sum is rounded once to the dtype; the factored path never is
     torch.testing.assert_close(logits(made.model), unmerged, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
@@ -271,6 +272,7 @@ def test_scales_are_trained_and_codes_are_not(tmp_path, dtype):
         assert torch.equal(theirs.codes, q.codes)
         assert torch.equal(ours.parts["scale"], theirs.parts["scale"])
         assert ours.parts["scale"].dtype == dtype
+        assert not weights(made.model)[name].stored.learned  # what was trained in float32 is rounded for good
         assert not torch.equal(ours.parts["scale"], q.parts["scale"])
     assert made.log.trainable == sum(q.parts["scale"].numel() for q in before.values())
 

@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     """Runs a command. Exit status: 0 done; 2 bad input or usage; 3 a budget was exceeded; 1 anything else."""
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's large buffers in huge pages: fewer page faults
     try:
         status = _app(argv)(argv or ["--help"], prog_name="halfbyte", standalone_mode=False)
     except InputError as e:
