@@ -91,3 +91,13 @@ def test_what_halfbyte_did_not_write_is_not_replaced(tmp_path):
     with pytest.raises(InputError, match="is read from there"):
         check_free(tmp_path / "out", True, None, tmp_path / "out" / "letters")
     check_free(tmp_path / "out", True, tmp_path / "outer")
+
+
+def test_a_checkpoint_is_not_thrown_away_unasked(tmp_path):
+    checkpoint = tmp_path / "out.partial" / CHECKPOINT
+    checkpoint.mkdir(parents=True)
+    with pytest.raises(InputError, match="--resume"), whole(tmp_path / "out"):
+        pass
+    assert checkpoint.exists()
+    with whole(tmp_path / "out", overwrite=True) as partial:
+        assert not (partial / CHECKPOINT).exists()

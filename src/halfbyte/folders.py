@@ -47,6 +47,10 @@ def whole(target: Path, overwrite: bool = False, resume: bool = False) -> Iterat
     partial = target.with_name(target.name + ".partial")
     if partial.is_file():
         partial.unlink()
+    if (partial / CHECKPOINT).exists() and not (resume or overwrite):
+        raise InputError(
+            f"{partial} holds the checkpoint of an interrupted run: add --resume to go on, or --overwrite to begin anew."
+        )
     if partial.exists() and not resume:
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)

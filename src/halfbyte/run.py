@@ -34,13 +34,14 @@ DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfl
 @dataclass
 class Run:
     """loaded: the model and what belongs to it. notes: what was done, kept as halfbyte.json beside the result.
-    log: of the last training. rows: the ledger so far, (stage, figures). checkpoint: the folder where training
+    log: of the last training. rows: the ledger so far, (stage, figures). files: what it was read from. checkpoint: the folder where training
     keeps its state, and goes on from what is there. masters: floats that were trained and then made codes."""
 
     loaded: Loaded
     seed: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
     log: Log | None = None
+    files: list[Path] = field(default_factory=list)
     checkpoint: Path | None = None
     masters: dict[str, Tensor] = field(default_factory=dict)
     rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -145,13 +146,16 @@ def load(
         return _load_adapter(path, parse_dtype(dtype), seed)
     loaded = models.load(source, parse_dtype(dtype), revision, labels)
     notes = read_json(path / NOTES) if path.is_dir() and (path / NOTES).exists() else {}
-    return Run(loaded, seed, {k: v for k, v in notes.items() if k in ("labels",)})
+    return Run(loaded, seed, {k: v for k, v in notes.items() if k in ("labels",)}, files=[path])
 
 
 def _load_adapter(path: Path, dtype: torch.dtype | None, seed: int) -> Run:
     base, *_ = peft.read(path)
     if Path(base).is_absolute() and not Path(base).exists():
-        raise InputError(f"{path}: its base model is no longer at {base}; put it back, or correct {peft.CONFIG}.")
+        beside = path.absolute().parent / Path(base).name  # moved together, as a demo's or a project's folder is
+        if not beside.exists():
+            raise InputError(f"{path}: its base model is no longer at {base}; put it back, or correct {peft.CONFIG}.")
+        base = str(beside)
     notes = read_json(path / NOTES) if (path / NOTES).exists() else {}
     run = Run(models.load(base, dtype or parse_dtype(notes.get("dtype"))), seed)
     if notes.get("stored"):
@@ -185,6 +189,7 @@ def attach_from(run: Run, path: Path) -> None:
                 raise InputError(f"{path}: {name}.{key} has the shape {tuple(value.shape)}, not {tuple(p.shape)}.")
             p.data.copy_(value)
     run.model.eval()
+    run.files = [run.loaded.path, path]
     run.notes["adapter"] = {"adapter": "lora", **settings}
 
 

@@ -302,8 +302,7 @@ class Evaluate(Step):
     def __call__(self, run: Run) -> None:
         records = read(self.data)
         row = self._measure(run, records)
-        path = run.loaded.path
-        row.bytes = disk_bytes(path) if path.exists() and self.stage == "evaluate" else 0
+        row.bytes = sum(map(disk_bytes, run.files)) if self.stage == "evaluate" else 0
         row.bits_per_weight = run.bits_per_weight()
         run.rows.append((self.stage, row.as_dict()))
         evaluate.check_budget(row, self.max_kl, self.max_loss)

@@ -265,3 +265,35 @@ def test_every_command_says_one_line_of_json_with_real_numbers(halfbyte, tiny_ll
     said = halfbyte("evaluate", tiny_llama, "--data", tmp_path / "one.txt", "--json")
     assert said.json["perplexity_error"] is None
     assert "NaN" not in said.out
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_an_interrupted_run_resumes_to_the_same_bytes(halfbyte, tiny_llama, tiny_data, tmp_path, monkeypatch, method):
+    from halfbyte.train import Masters
+
+    def argv(out):
+        dropout = ["--lora-dropout", "0.2"] if method == "lora" else []
+        return ["train", tiny_llama, "--data", tiny_data["text"], "--method", method, "--steps", "6", "--save-steps",
+                "2", "--batch-size", "2", "--max-length", "32", "-o", tmp_path / out, *dropout]  # fmt: skip
+
+    assert halfbyte(*argv("whole")).status == 0
+    taken, step = [], Masters.step
+
+    def killed(self, *args):
+        taken.append(1)
+        if len(taken) == 5:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Masters, "step", killed)
+        assert halfbyte(*argv("cut")).status == 130
+    assert not (tmp_path / "cut").exists()
+    assert halfbyte(*argv("cut")).status == 2  # not thrown away unasked
+    resumed = halfbyte(*argv("cut"), "--resume")
+    assert resumed.status == 0
+    assert "step 6/6" in resumed.err
+    weights = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
+    assert (tmp_path / "cut" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+    assert not (tmp_path / "cut" / "checkpoint").exists()
+    assert len((tmp_path / "cut" / "curve.jsonl").read_text().splitlines()) == 6

@@ -28,7 +28,7 @@ def command(
 
     began = time.monotonic()
     with whole(output, overwrite) as folder:
-        demo = Demo(folder, model or packaged(), steps, windows, seed)
+        demo = Demo(folder, output.absolute(), model or packaged(), steps, windows, seed)
         demo.measure_ptq()
         demo.train_and_merge()
         demo.train_through_the_grid()
@@ -55,11 +55,11 @@ def packaged() -> str:
 class Demo:
     """The stages, one after the other; each adds a row for the domain text and one for the docstring task."""
 
-    def __init__(self, folder: Path, model: str, steps: int, windows: int, seed: int) -> None:
+    def __init__(self, folder: Path, final: Path, model: str, steps: int, windows: int, seed: int) -> None:
         from halfbyte import data, run, sample_data
         from halfbyte.evaluate import Reference
 
-        self.folder, self.steps, self.windows, self.seed = folder, steps, windows, seed
+        self.folder, self.final, self.steps, self.windows, self.seed = folder, final, steps, windows, seed
         self.rows: list[dict[str, Any]] = []
         say(f"{model}: reading, and writing it as a plain folder")
         sample_data.write(folder / "data")
@@ -124,6 +124,7 @@ class Demo:
                  "on_step": training_progress(self.steps), "learning_rate": 1e-3, **settings}  # fmt: skip
         for step in method_steps(method, to, train):
             step(made)
+        made.loaded.source = str(self.final / "base")  # where the base will be once all is done
         folder = self._save(made, name)
         self.measure(made, f"{method} on {data.split('-')[0]}")
         if "docstrings" in data:
