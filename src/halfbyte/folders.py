@@ -49,7 +49,7 @@ def whole(target: Path, overwrite: bool = False, resume: bool = False) -> Iterat
         partial.unlink()
     if (partial / CHECKPOINT).exists() and not (resume or overwrite):
         raise InputError(
-            f"{partial} holds the checkpoint of an interrupted run: add --resume to go on, or --overwrite to begin anew."
+            f"{partial} holds the checkpoint of an interrupted run: add --resume to go on, --overwrite to begin anew."
         )
     if partial.exists() and not resume:
         shutil.rmtree(partial)

@@ -34,8 +34,9 @@ DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfl
 @dataclass
 class Run:
     """loaded: the model and what belongs to it. notes: what was done, kept as halfbyte.json beside the result.
-    log: of the last training. rows: the ledger so far, (stage, figures). files: what it was read from. checkpoint: the folder where training
-    keeps its state, and goes on from what is there. masters: floats that were trained and then made codes."""
+    log: of the last training. rows: the ledger so far, (stage, figures). files: what it was read from.
+    checkpoint: the folder where training keeps its state, and goes on from what is there. masters: floats that
+    were trained and then made codes."""
 
     loaded: Loaded
     seed: int = 0
