@@ -58,8 +58,11 @@ def generate(
 ) -> Generated:
     """Continues a prompt; with `chat` (or a list of messages) answers it through the chat template.
 
-    Greedy at temperature 0. Raises InputError for an empty prompt, or a model without a chat template.
+    Greedy at temperature 0. Raises InputError for an empty prompt, a model that does not write text, or one
+    without a chat template.
     """
+    if getattr(model, "generation_config", None) is None:
+        raise InputError(f"{type(model).__name__} is no model that writes text.")
     ids = _prompt_ids(tokenizer, prompt, chat)
     if not ids:
         raise InputError("--prompt is empty: give the model something to go on from.")
@@ -73,13 +76,12 @@ def generate(
     config.update(max_new_tokens=max_new_tokens, max_length=None, do_sample=temperature > 0)
     # greedy decoding uses no sampling settings, and transformers warns of those that are there
     config.update(**({"temperature": temperature} if temperature > 0 else dict.fromkeys(_SAMPLING)))
+    config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     clock = _Clock(tokenizer, on_text)
     tokens = torch.tensor([ids])
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.inference_mode():
         out = model.generate(  # pyright: ignore[reportCallIssue]
-            input_ids=tokens, attention_mask=torch.ones_like(tokens), pad_token_id=pad, streamer=clock,
-            generation_config=config,
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=config, streamer=clock
         )  # fmt: skip
     new = out[0, len(ids) :].tolist()
     spent = clock.times[-1] - clock.times[1] if len(clock.times) > 2 else 0.0

@@ -56,7 +56,7 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
     import huggingface_hub
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
         return Path(huggingface_hub.snapshot_download(str(source), revision=revision, allow_patterns=patterns))
     except Exception as e:
         raise InputError(f"{source}: no such folder here, and the hub did not give it: {reason(e)}") from None

@@ -99,6 +99,8 @@ class Run:
         peft.write(folder, states, settings, base, linear, fan_in_fan_out=turned)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
+        if getattr(self.model, "generation_config", None) is not None:
+            self.model.generation_config.save_pretrained(folder)
 
     def holds(self, chosen: Scheme) -> None:
         """Raises InputError now, rather than when saving, if no folder layout holds what the scheme makes."""

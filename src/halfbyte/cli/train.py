@@ -38,6 +38,8 @@ def command(
     gradient_accumulation_steps: int = 1,
     max_length: Annotated[int, typer.Option(help="Tokens a row; longer text is split, never dropped.")] = 512,
     packing: Annotated[bool, typer.Option(help="Several samples share a row.")] = True,
+    completion_only_loss: Annotated[bool, typer.Option(help="Prompts are read, not learnt.")] = True,
+    assistant_only_loss: Annotated[bool, typer.Option(help="Only the assistant's turns are learnt.")] = True,
     lr: Annotated[float | None, typer.Option(help="2e-4 adapters, 2e-5 full, 1e-5 qat, 1e-4 scales.")] = None,
     lr_scheduler_type: str = "cosine",
     warmup_ratio: float = 0.03,
@@ -73,7 +75,8 @@ def command(
     settings: dict[str, Any] = {
         "data": data, "eval_data": eval_data, "eval_split": eval_split, "eval_steps": eval_steps, "steps": steps,
         "epochs": epochs, "batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps,
-        "max_length": max_length, "packing": packing, "learning_rate": lr, "lr_scheduler_type": lr_scheduler_type,
+        "max_length": max_length, "packing": packing,
+        "completion_only_loss": completion_only_loss, "assistant_only_loss": assistant_only_loss, "learning_rate": lr, "lr_scheduler_type": lr_scheduler_type,
         "warmup_ratio": warmup_ratio, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm,
         "gradient_checkpointing": gradient_checkpointing, "save_steps": save_steps, "on_start": _announce,
         "on_step": _step,
