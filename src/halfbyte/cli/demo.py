@@ -131,12 +131,12 @@ class Demo:
             self.answers[f"after {method} on docstrings"] = self.answer(made)
         return folder
 
-    def _merge(self, adapter: Path, name: str, stage: str, to: str | None = None) -> Path:
+    def _merge(self, adapter: Path, name: str, stage: str, to: str | None = None, base: str = "trained") -> Path:
         from halfbyte import run
         from halfbyte.recipe import merge_steps
 
         made = run.load(adapter)
-        for step in merge_steps(made, to):
+        for step in merge_steps(made, to, base):
             step(made)
         folder = self._save(made, name)
         self.measure(run.load(folder), stage, folder)
@@ -148,6 +148,8 @@ class Demo:
         adapter = self._train("qlora", "domain-train.jsonl", "qlora-domain")
         self._merge(adapter, "qlora-merged", "qlora merged, bfloat16")
         self._merge(adapter, "qlora-merged-w4a16", "qlora merged, rounded to W4A16", "W4A16")
+        # the other usual road: the adapter goes onto the 16-bit weights, which it was not trained on
+        self._merge(adapter, "qlora-original-w4a16", "qlora onto the 16-bit base, to W4A16", "W4A16", "original")
 
     def train_through_the_grid(self) -> None:
         """QAT-LoRA on the domain text, and what merging it ships."""
