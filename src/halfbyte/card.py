@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from halfbyte.run import Run
+from halfbyte.models import Loaded
 
 
-def write_card(run: Run, folder: Path, final: Path) -> None:
-    """README.md in a result's folder, with the metadata that hubs read."""
-    base = run.loaded.source
+def write_card(folder: Path, name: str, base: Loaded, notes: dict[str, Any], rows: Rows) -> None:
+    """README.md in a result's folder, with the metadata that hubs read. base: what was begun with; notes: what was
+    done; rows: the ledger."""
     front = [
         "---",
-        *([f"license: {licence}"] if (licence := _licence(run)) else []),
-        *([f"base_model: {base}"] if not Path(base).exists() else []),
+        *([f"license: {licence}"] if (licence := _licence(base)) else []),
+        *([f"base_model: {base.source}"] if _is_hub_id(base.source) else []),
         "tags: [halfbyte]",
         "---",
     ]
-    notes = {k: v for k, v in run.notes.items() if k not in ("data", "eval_data")}
+    # where things lay is nobody's business
+    notes = {k: v for k, v in notes.items() if k not in ("data", "eval_data")}
     lines = [
         *front,
-        f"# {final.name}",
+        f"# {name}",
         "",
-        f"Made by halfbyte from `{_name(base)}` (weights sha256 `{run.loaded.sha256[:16]}`).",
+        f"Made by halfbyte from `{base.source if _is_hub_id(base.source) else Path(base.source).name}` "
+        f"(weights sha256 `{base.sha256[:16]}`).",
         f"Licence: {licence or 'that of the base model, which does not state one'}.",
         "",
         "## Recipe",
@@ -34,25 +36,27 @@ def write_card(run: Run, folder: Path, final: Path) -> None:
         json.dumps(notes, indent=1, default=str),
         "```",
     ]
-    if run.rows:
-        lines += ["", "## Ledger", "", *ledger_table(run.rows)]
+    if rows:
+        lines += ["", "## Ledger", "", *ledger_table(rows)]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _name(source: str) -> str:
-    """A hub id as it is; of a path only its last part: where it lay is nobody's business."""
-    return Path(source).name if Path(source).exists() else source
+def _is_hub_id(source: str) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", source)) and not Path(source).exists()
 
 
-def _licence(run: Run) -> str | None:
+def _licence(base: Loaded) -> str | None:
     """The base's own statement, from its card's front matter."""
-    card = run.loaded.path / "README.md"
+    card = base.path / "README.md"
     if not card.is_file():
         return None
     for line in card.read_text(encoding="utf-8", errors="replace").splitlines()[:40]:
         if line.startswith("license:"):
             return line.removeprefix("license:").strip()
     return None
+
+
+Rows = list[tuple[str, dict[str, Any]]]  # the ledger: (stage, figures)
 
 
 def figures(row: dict[str, Any]) -> dict[str, str]:
@@ -80,7 +84,7 @@ def figures(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def ledger_table(rows: list[tuple[str, dict[str, Any]]]) -> list[str]:
+def ledger_table(rows: Rows) -> list[str]:
     """Lines of a Markdown table, a stage a row; columns that no row fills are left out."""
     cells = [figures(row) for _, row in rows]
     columns = [c for c in cells[0] if any(r[c] for r in cells)]

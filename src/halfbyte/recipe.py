@@ -172,5 +172,5 @@ def save(run: Run, folder: str | Path, overwrite: bool = False) -> Path:
     """Writes a run's result as a folder that appears whole or not at all. Raises InputError if it exists."""
     target = Path(folder)
     with whole(target, overwrite) as partial:
-        run.write(partial, target)
+        run.write(partial, target.name)
     return target

@@ -67,8 +67,8 @@ class Run:
     def causal(self) -> bool:
         return not type(self.model).__name__.endswith("ForSequenceClassification")
 
-    def write(self, folder: Path, final: Path) -> None:
-        """The result, into an existing folder that will be called `final`: an adapter folder as PEFT's while
+    def write(self, folder: Path, name: str) -> None:
+        """The result, into an existing folder that will be called `name`: an adapter folder as PEFT's while
         adapters are unmerged, else a model folder; with notes, ledger and model card. Raises InputError."""
         if adapters.attached(self.model):
             self._write_adapter(folder)
@@ -83,7 +83,7 @@ class Run:
         size = disk_bytes(folder)
         for stage, row in self.rows:
             evaluate.write_ledger(folder, stage, {**row, "bytes": row.get("bytes") or size})
-        write_card(self, folder, final)
+        write_card(folder, name, self.loaded, self.notes, self.rows)
 
     def _write_adapter(self, folder: Path) -> None:
         found = adapters.attached(self.model)

@@ -42,11 +42,11 @@ def command(
         row: dict[str, Any] = {}
         if text is not None:
             # what is measured is what was written, read back; the row then goes into its ledger
-            merged.write(partial, output)
+            merged.write(partial, output.resolve().name)
             row = _difference(str(partial), adapter, text)
             merged.rows.append(("merged, against unmerged", row))
             (partial / "ledger.json").unlink(missing_ok=True)
-        merged.write(partial, output)
+        merged.write(partial, output.resolve().name)
     if row:
         say(
             f"merged against unmerged on {row['tokens']} tokens of {text}: mean KL {row['kl_mean']:.3g}, "

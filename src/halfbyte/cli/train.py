@@ -98,7 +98,7 @@ def command(
             step(run)
         assert run.log is not None
         run.rows.append((f"trained ({method})", {"loss": run.log.curve[-1]["loss"], **_held(run.log.curve)}))
-        run.write(partial, output)
+        run.write(partial, output.resolve().name)
         (partial / "curve.jsonl").write_text("".join(json_module.dumps(row) + "\n" for row in run.log.curve))
     summary = run.log.summary()
     say(f"{output}: {summary['steps']} steps in {summary['seconds']:.0f} s, loss {summary['loss']:.4f}")

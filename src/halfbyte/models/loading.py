@@ -1,26 +1,22 @@
-"""Models on disk and in memory: the only importer of transformers' models. A skeleton, its checkpoint, its blocks."""
+"""Any MODEL that is no adapter -> a model whose layers are ops."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import math
 import re
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from halfbyte.containers import CONTAINERS, Container, container_for
-from halfbyte.containers.shards import Shards, read_json, sha256_of, write_shards
+from halfbyte.containers.shards import Shards, read_json, sha256_of
 from halfbyte.errors import InputError, reason
-from halfbyte.formats import Format
-from halfbyte.layers import Codes, Linear, Op, ops, swap
-from halfbyte.qtensor import QTensor
+from halfbyte.layers import swap
+from halfbyte.models.checkpoint import Checkpoint
 
 
 @dataclass
@@ -236,176 +232,3 @@ def _tokenizer(path: Path) -> Any:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as e:
         raise InputError(f"{path}: its tokenizer cannot be read: {reason(e)}") from None
-
-
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-class Checkpoint:
-    """The tensors of a model on disk, read one at a time; weights come and go by `materialize` and `release`."""
-
-    def __init__(self, shards: Shards, names: Mapping[str, str], quantization: Any = None) -> None:
-        self.shards, self.names = shards, names
-        self.container: Container | None = None
-        self.formats: dict[str, tuple[Format, Format | None]] = {}
-        if quantization is not None:
-            config = quantization if isinstance(quantization, dict) else quantization.to_dict()
-            method = config.get("quant_method", "?")
-            if method not in CONTAINERS:
-                raise InputError(f"weights quantized by {method!r} cannot be read; {', '.join(CONTAINERS)} can.")
-            self.container = CONTAINERS[method]
-            self.formats = self.container.formats(config, set(shards), shards.get)
-
-    def weight(self, module: str, op: Op) -> Tensor | QTensor:
-        """What is stored for the weight of a module: floats in the orientation on disk, codes in the op's own, in
-        which every container keeps them."""
-        stored, shape = self.names[f"{module}.weight"].removesuffix(".weight"), tuple(op.weight.shape)
-        if stored in self.formats:
-            assert self.container is not None
-            return self.container.decode(stored, self.formats[stored][0], shape, self.shards.get)
-        return self._checked(f"{module}.weight", shape[::-1] if op.transposed else shape)
-
-    def _checked(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        t = self.shards.get(self.names[name])
-        if t.dtype not in _FLOATS:
-            raise InputError(f"{name} holds {t.dtype}, which no quantization_config explains.")
-        if tuple(t.shape) != tuple(shape):
-            raise InputError(f"{name} has the shape {tuple(t.shape)} on disk; the config makes it {tuple(shape)}.")
-        return t
-
-    def materialize(self, model: nn.Module, dtype: torch.dtype | None, prefix: str = "") -> None:
-        """Reads every parameter under `prefix` that is on the meta device. dtype None reads the codes' formats
-        but keeps the tensors on the meta device."""
-        for name, op in ops(model):
-            if not name.startswith(prefix) or f"{name}.weight" not in self.names:
-                continue
-            if op.weight.device.type == "meta" and not isinstance(op.weight.stored, Codes):
-                self._place(name, op, dtype)
-            if isinstance(op, Linear):
-                op.input = self.formats.get(self.names[f"{name}.weight"].removesuffix(".weight"), (None, None))[1]
-        if dtype is None:
-            return
-        for name, p in list(model.named_parameters()):
-            if p.device.type != "meta" or not name.startswith(prefix):
-                continue
-            owner, _, attribute = name.rpartition(".")
-            if name in self.names:
-                value = self._checked(name, tuple(p.shape)).to(dtype)
-            else:  # a new classification head
-                value = torch.zeros(p.shape, dtype=dtype)
-                if p.ndim > 1:
-                    nn.init.normal_(value, std=getattr(model.config, "initializer_range", 0.02))  # pyright: ignore
-            if attribute == "stored":
-                model.get_submodule(owner).store(value)  # pyright: ignore[reportCallIssue]
-            else:
-                setattr(model.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
-
-    def _place(self, name: str, op: Op, dtype: torch.dtype | None) -> None:
-        value = self.weight(name, op)
-        if isinstance(value, QTensor):
-            op.weight.store(value)
-        elif dtype is not None:
-            op.weight.store((value.T.contiguous() if op.transposed else value).to(dtype))
-
-    def release(self, model: nn.Module, prefix: str) -> None:
-        """Puts the float weights under `prefix` back on the meta device."""
-        for name, op in ops(model):
-            if name.startswith(prefix) and isinstance(op.weight.stored, nn.Parameter):
-                op.weight.store(torch.empty_like(op.weight.stored, device="meta"))
-
-
-def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The model's repeated blocks, in order, by name: the longest ModuleList of one class."""
-    lists = [
-        (name, m)
-        for name, m in model.named_modules()
-        if isinstance(m, nn.ModuleList) and len({type(c) for c in m}) == 1
-    ]
-    if not lists:
-        return []
-    name, longest = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    return [(f"{name}.{i}", m) for i, m in enumerate(longest)]
-
-
-def roles(model: nn.Module) -> dict[str, str]:
-    """Every op's name -> its role (scheme.ROLES). A tied head is a head and an embedding: the embedding rules."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    embeddings = {id(op.weight) for _, op in ops(model) if not isinstance(op, Linear)}
-    out = {}
-    for name, op in ops(model):
-        if id(op.weight) in embeddings:
-            out[name] = "embedding"
-        elif op is head or re.search(r"(^|\.)(lm_head|embed_out|classifier|score|pooler\.dense)(\.|$)", name):
-            out[name] = "head"
-        elif re.search(r"(^|\.)(gate|router|shared_expert_gate)$", name):
-            out[name] = "router"
-        else:
-            out[name] = "conv1d" if op.transposed else "linear"
-    return out
-
-
-def tied(model: nn.Module) -> dict[str, str]:
-    """Op's name -> the name of the op whose weight it shares, for all but the first."""
-    first: dict[int, str] = {}
-    return {n: first[id(o.weight)] for n, o in ops(model) if first.setdefault(id(o.weight), n) != n}
-
-
-def tensors(model: nn.Module, container: Container | None) -> Iterator[tuple[str, Tensor]]:
-    """Everything that is saved, by its Hugging Face name: codes as the container encodes them, floats as they are."""
-    done: set[int] = set()
-    inside: set[str] = set()
-    for name, op in ops(model):
-        inside.add(f"{name}.weight")
-        if id(op.weight) in done:
-            continue
-        done.add(id(op.weight))
-        if isinstance(op.weight.stored, Codes) and not op.weight.adapters:
-            assert container is not None
-            encoded = container.encode(name, op.weight.stored.q, getattr(op, "input", None))
-            yield from encoded.items()
-        else:
-            value = op.weight.value().detach()
-            yield f"{name}.weight", value.T if op.transposed else value
-    for name, m in model.named_modules():
-        if _within(name, inside):
-            continue
-        for key, p in m.named_parameters(recurse=False):
-            yield f"{name}.{key}" if name else key, p.detach()
-        for key, b in m.named_buffers(recurse=False):
-            if key not in m._non_persistent_buffers_set:
-                yield f"{name}.{key}" if name else key, b
-
-
-def _within(name: str, roots: set[str]) -> bool:
-    parts = name.split(".")
-    return any(".".join(parts[:i]) in roots for i in range(1, len(parts) + 1))
-
-
-def save(loaded: Loaded, folder: Path) -> Container | None:
-    """Writes config, weights, tokenizer and generation config into an existing folder, as plain transformers
-    (with the container's library, if anything is quantized) reads them. Gives back the container used.
-
-    Raises InputError, before anything is written, if no layout holds the model's formats.
-    """
-    model, role = loaded.model, roles(loaded.model)
-    sites = {n: op for n, op in ops(model) if isinstance(op.weight.stored, Codes) and not op.weight.adapters}
-    container = None
-    config = copy.deepcopy(model.config)
-    if sites:
-        container = container_for({n: (_format(op), role[n]) for n, op in sites.items()})
-        kept = [n for n, op in ops(model) if n not in sites and isinstance(op, Linear)]
-        held = {n: (op.weight.frozen(), getattr(op, "input", None)) for n, op in sites.items()}
-        config.quantization_config = container.config(held, kept)
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)
-    write_shards(folder, tensors(model, container))
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(folder)  # pyright: ignore
-    if loaded.tokenizer is not None:
-        loaded.tokenizer.save_pretrained(folder)
-    return container
-
-
-def _format(op: Op) -> Format:
-    assert op.weight.format is not None
-    return op.weight.format

@@ -1,0 +1,91 @@
+"""The tensors of a model on disk, brought in one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.containers import CONTAINERS, Container
+from halfbyte.containers.shards import Shards
+from halfbyte.errors import InputError
+from halfbyte.formats import Format
+from halfbyte.layers import Codes, Linear, Op, ops
+from halfbyte.qtensor import QTensor
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Checkpoint:
+    """The tensors of a model on disk, read one at a time; weights come and go by `materialize` and `release`."""
+
+    def __init__(self, shards: Shards, names: Mapping[str, str], quantization: Any = None) -> None:
+        self.shards, self.names = shards, names
+        self.container: Container | None = None
+        self.formats: dict[str, tuple[Format, Format | None]] = {}
+        if quantization is not None:
+            config = quantization if isinstance(quantization, dict) else quantization.to_dict()
+            method = config.get("quant_method", "?")
+            if method not in CONTAINERS:
+                raise InputError(f"weights quantized by {method!r} cannot be read; {', '.join(CONTAINERS)} can.")
+            self.container = CONTAINERS[method]
+            self.formats = self.container.formats(config, set(shards), shards.get)
+
+    def weight(self, module: str, op: Op) -> Tensor | QTensor:
+        """What is stored for the weight of a module: floats in the orientation on disk, codes in the op's own, in
+        which every container keeps them."""
+        stored, shape = self.names[f"{module}.weight"].removesuffix(".weight"), tuple(op.weight.shape)
+        if stored in self.formats:
+            assert self.container is not None
+            return self.container.decode(stored, self.formats[stored][0], shape, self.shards.get)
+        return self._checked(f"{module}.weight", shape[::-1] if op.transposed else shape)
+
+    def _checked(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        t = self.shards.get(self.names[name])
+        if t.dtype not in _FLOATS:
+            raise InputError(f"{name} holds {t.dtype}, which no quantization_config explains.")
+        if tuple(t.shape) != tuple(shape):
+            raise InputError(f"{name} has the shape {tuple(t.shape)} on disk; the config makes it {tuple(shape)}.")
+        return t
+
+    def materialize(self, model: nn.Module, dtype: torch.dtype | None, prefix: str = "") -> None:
+        """Reads every parameter under `prefix` that is on the meta device. dtype None reads the codes' formats
+        but keeps the tensors on the meta device."""
+        for name, op in ops(model):
+            if not name.startswith(prefix) or f"{name}.weight" not in self.names:
+                continue
+            if op.weight.device.type == "meta" and not isinstance(op.weight.stored, Codes):
+                self._place(name, op, dtype)
+            if isinstance(op, Linear):
+                op.input = self.formats.get(self.names[f"{name}.weight"].removesuffix(".weight"), (None, None))[1]
+        if dtype is None:
+            return
+        for name, p in list(model.named_parameters()):
+            if p.device.type != "meta" or not name.startswith(prefix):
+                continue
+            owner, _, attribute = name.rpartition(".")
+            if name in self.names:
+                value = self._checked(name, tuple(p.shape)).to(dtype)
+            else:  # a new classification head
+                value = torch.zeros(p.shape, dtype=dtype)
+                if p.ndim > 1:
+                    nn.init.normal_(value, std=getattr(model.config, "initializer_range", 0.02))  # pyright: ignore
+            if attribute == "stored":
+                model.get_submodule(owner).store(value)  # pyright: ignore[reportCallIssue]
+            else:
+                setattr(model.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
+
+    def _place(self, name: str, op: Op, dtype: torch.dtype | None) -> None:
+        value = self.weight(name, op)
+        if isinstance(value, QTensor):
+            op.weight.store(value)
+        elif dtype is not None:
+            op.weight.store((value.T.contiguous() if op.transposed else value).to(dtype))
+
+    def release(self, model: nn.Module, prefix: str) -> None:
+        """Puts the float weights under `prefix` back on the meta device."""
+        for name, op in ops(model):
+            if name.startswith(prefix) and isinstance(op.weight.stored, nn.Parameter):
+                op.weight.store(torch.empty_like(op.weight.stored, device="meta"))
