@@ -1,4 +1,5 @@
 # Two commands do everything: `make demo` and `make test`. Both set up .venv first.
+# DEMO holds further flags of `halfbyte demo`, such as DEMO="--steps 2 --windows 1".
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -15,7 +16,7 @@ setup: .venv/ready
 	touch $@
 
 demo: setup
-	$(BIN)/halfbyte demo -o demo-run --overwrite
+	$(BIN)/halfbyte demo -o demo-run --overwrite $(DEMO)
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # two workers: more threads would only wait for each other
