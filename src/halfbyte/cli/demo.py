@@ -17,7 +17,7 @@ PROMPT = "def area(width, height):\n    return width * height\n"
 def command(
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")] = Path("demo-run"),
     model: Annotated[str | None, typer.Option(help="A MODEL in place of the packaged SmolLM2-135M.")] = None,
-    steps: Annotated[int, typer.Option(help="Steps of each training, of 4 rows of 256 tokens.")] = 40,
+    steps: Annotated[int, typer.Option(help="Steps of each training, of 4 rows of 256 tokens.")] = 32,
     windows: Annotated[int, typer.Option(help="Windows of 512 tokens that each stage is measured on.")] = 12,
     seed: int = 0,
     overwrite: Overwrite = False,
