@@ -336,3 +336,14 @@ def test_double_quantization_reads_as_bitsandbytes_reads_it():
     packed, state = quantize_4bit(w, quant_type="nf4", compress_statistics=True)
     theirs = QTensor(q.format, q.shape, q.dtype, {**q.parts, "codes": pack(their_codes(packed, w.numel()), 4)})
     assert torch.equal(theirs.dequantize(), dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_double_quantized_weights_are_bitsandbytes_code_for_code(dtype):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    w = (torch.randn(96, 576) * 0.02).to(dtype)
+    packed, state = functional.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
+    q = kernels.quantize(w, "nf4-g64-dq")
+    theirs = torch.stack((packed.flatten() >> 4, packed.flatten() & 15), 1).reshape(w.shape)
+    assert torch.equal(q.codes, theirs)
+    assert torch.equal(q.dequantize(), functional.dequantize_4bit(packed, state))
