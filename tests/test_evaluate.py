@@ -276,3 +276,14 @@ def test_the_ledger_grows_by_a_line_a_stage(tmp_path):
               "loss_difference_high", "kl_mean", "kl_error", "kl_p99", "top1_agreement", "accuracy", "tokens",
               "context", "bytes", "bits_per_weight"}  # fmt: skip
     assert wanted <= rows[0].keys()
+
+
+def test_the_error_of_a_quantile_is_that_of_theory_and_grows_where_windows_repeat_themselves():
+    windows, per, g = 1000, 4, torch.Generator().manual_seed(0)
+    picks = torch.randint(windows, (200, windows), generator=g)
+    owner = torch.arange(windows).repeat_interleave(per)
+    apart = torch.rand(windows * per, generator=g, dtype=torch.double)
+    alike = torch.rand(windows, generator=g, dtype=torch.double).repeat_interleave(per)
+    # of n uniform numbers the q-quantile has the standard error sqrt(q (1 - q) / n)
+    for values, n in ((apart, windows * per), (alike, windows)):
+        assert evaluate._quantile_error(values, 0.9, owner, picks) == pytest.approx((0.09 / n) ** 0.5, rel=0.3)

@@ -16,8 +16,10 @@ from halfbyte.data import Batch, Dataset, Record, encode_choices, eval_batches, 
 from halfbyte.data import Row as EncodedRow
 from halfbyte.errors import BudgetExceeded, InputError
 
+LEDGER = "ledger.json"
 CONTEXT = 512  # tokens: pinned, so that numbers compare
 _RESAMPLES = 2000
+_QUANTILES = 200  # resamples of a quantile: each needs a pass over all tokens
 
 
 @dataclass
@@ -34,6 +36,7 @@ class Row:
     kl_mean: float | None = None
     kl_error: float | None = None
     kl_p99: float | None = None
+    kl_p99_error: float | None = None
     top1_agreement: float | None = None
     top1_error: float | None = None
     accuracy: float | None = None
@@ -143,9 +146,21 @@ def _row(values: dict[str, Tensor], owner: Tensor, dataset: Dataset) -> Row:
             row.loss_difference_low, row.loss_difference_high = low, high
         row.kl_mean, row.kl_error = values["kl"].mean().item(), error(values["kl"])
         row.kl_p99 = values["kl"].quantile(0.99).item() if len(nll) < 1 << 24 else None
+        row.kl_p99_error = _quantile_error(values["kl"], 0.99, owner, picks[:_QUANTILES]) if windows > 1 else None
         row.top1_agreement, row.top1_error = values["same"].mean().item(), error(values["same"])
         row.conventions += "; float32 logits of the reference"
     return row
+
+
+def _quantile_error(values: Tensor, q: float, owner: Tensor, picks: Tensor) -> float:
+    """Standard error of a quantile of token values, resampled by windows: a token counts as often as its window."""
+    order = values.argsort()
+    found = []
+    for pick in picks:
+        weight = torch.bincount(pick, minlength=picks.shape[1])[owner[order]].cumsum(0)
+        at = torch.searchsorted(weight, weight[-1:] * q)
+        found.append(values[order[at.clamp(max=len(order) - 1)]])
+    return torch.cat(found).std().item()
 
 
 @torch.inference_mode()
@@ -200,7 +215,7 @@ def check_budget(row: Row, max_kl: float | None, max_loss: float | None) -> None
 
 def write_ledger(folder: Path, stage: str, row: dict[str, Any]) -> None:
     """Adds a line to ledger.json in a model's folder: a list of objects, one a stage."""
-    file = folder / "ledger.json"
+    file = folder / LEDGER
     rows = json.loads(file.read_text()) if file.exists() else []
     rows.append({"stage": stage, **row})
     file.write_text(json.dumps(rows, indent=1) + "\n")

@@ -235,17 +235,18 @@ class Linear(nn.Module):
         if self.input is not None:
             x = kernels.fake(x, self.input, kernels.qparams(x.detach(), self.input, "absmax"))
         if w.grid is not None:
-            return F.linear(x, w.value().to(x.dtype), self.bias) if self.training else self._frozen(x, w.frozen())
+            return (
+                F.linear(x, w.value().to(x.dtype), self.bias)
+                if self.training
+                else kernels.linear(x, w.frozen(), self.bias)
+            )
         if isinstance(w.stored, Codes) and not w.stored.learned:
-            y = self._frozen(x, w.stored.q)
+            y = kernels.linear(x, w.stored.q, self.bias)
         else:
             y = F.linear(x, w.base().to(x.dtype), self.bias)
         for adapter in w.adapters.values():
             y = adapter(x, y)
         return y
-
-    def _frozen(self, x: Tensor, q: QTensor) -> Tensor:
-        return kernels.linear(x, q, self.bias)
 
 
 class Embedding(nn.Module):

@@ -64,6 +64,12 @@ class Run:
         return self.tokenizer
 
     @property
+    def labels(self) -> list[str]:
+        """A classifier's labels, by class id."""
+        config = self.model.config
+        return [config.id2label[i] for i in range(config.num_labels)]
+
+    @property
     def causal(self) -> bool:
         return not type(self.model).__name__.endswith("ForSequenceClassification")
 
@@ -79,8 +85,13 @@ class Run:
         if self.masters:
             (folder / MASTERS).mkdir(exist_ok=True)
             save_file(self.masters, str(folder / MASTERS / "masters.safetensors"))
+        self.describe(folder, name)
+
+    def describe(self, folder: Path, name: str) -> None:
+        """Notes, ledger and model card beside a result that is written; anew, where there are some already."""
         (folder / NOTES).write_text(json.dumps(self.notes, indent=1) + "\n")
         size = disk_bytes(folder)
+        (folder / evaluate.LEDGER).unlink(missing_ok=True)
         for stage, row in self.rows:
             evaluate.write_ledger(folder, stage, {**row, "bytes": row.get("bytes") or size})
         write_card(folder, name, self.loaded, self.notes, self.rows)
@@ -148,8 +159,7 @@ def load(
     if path.is_dir() and (path / peft.CONFIG).exists():
         return _load_adapter(path, parse_dtype(dtype), seed)
     loaded = models.load(source, parse_dtype(dtype), revision, labels)
-    notes = read_json(path / NOTES) if path.is_dir() and (path / NOTES).exists() else {}
-    return Run(loaded, seed, {k: v for k, v in notes.items() if k in ("labels",)}, files=[path])
+    return Run(loaded, seed, files=[path])
 
 
 def _load_adapter(path: Path, dtype: torch.dtype | None, seed: int) -> Run:

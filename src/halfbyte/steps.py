@@ -232,8 +232,7 @@ class Train(Step):
 
     def _rows(self, records: list[data.Record], run: Run) -> data.Dataset:
         if not run.causal:
-            labels = [run.model.config.id2label[i] for i in range(run.model.config.num_labels)]  # pyright: ignore
-            return data.encode_classification(records, run.needs_tokenizer, self.max_length, labels)
+            return data.encode_classification(records, run.needs_tokenizer, self.max_length, run.labels)
         return data.encode(
             records, run.needs_tokenizer, self.max_length, packing=self.packing,
             completion_only_loss=self.completion_only_loss, assistant_only_loss=self.assistant_only_loss,
@@ -310,9 +309,8 @@ class Evaluate(Step):
     def _measure(self, run: Run, records: list[data.Record]) -> evaluate.Row:
         tokenizer = run.needs_tokenizer
         if not run.causal:
-            labels = [run.model.config.id2label[i] for i in range(run.model.config.num_labels)]  # pyright: ignore
             return evaluate.classification(
-                run.model, data.encode_classification(records, tokenizer, self.context, labels)
+                run.model, data.encode_classification(records, tokenizer, self.context, run.labels)
             )
         rows = data.encode(records, tokenizer, self.context, packing=records[0].kind == "text")
         check_length(rows, run, "--context")

@@ -38,15 +38,15 @@ def command(
     text = data or _recorded(merged.notes)
     for step in merge_steps(merged, scheme, base):
         step(merged)
+    name = output.resolve().name
     with whole(output, overwrite) as partial:
         row: dict[str, Any] = {}
+        merged.write(partial, name)
         if text is not None:
             # what is measured is what was written, read back; the row then goes into its ledger
-            merged.write(partial, output.resolve().name)
             row = _difference(str(partial), adapter, text)
             merged.rows.append(("merged, against unmerged", row))
-            (partial / "ledger.json").unlink(missing_ok=True)
-        merged.write(partial, output.resolve().name)
+            merged.describe(partial, name)
     if row:
         say(
             f"merged against unmerged on {row['tokens']} tokens of {text}: mean KL {row['kl_mean']:.3g}, "

@@ -72,6 +72,7 @@ def command(
         return
     check_free(output, overwrite, model, data, eval_data, adapter)
     scheme = None if to is None else to_scheme(to, group_size)
+    narrator = _Narrator()
     settings: dict[str, Any] = {
         "data": data, "eval_data": eval_data, "eval_split": eval_split, "eval_steps": eval_steps, "steps": steps,
         "epochs": epochs, "batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps,
@@ -79,8 +80,8 @@ def command(
         "completion_only_loss": completion_only_loss, "assistant_only_loss": assistant_only_loss,
         "learning_rate": lr, "lr_scheduler_type": lr_scheduler_type,
         "warmup_ratio": warmup_ratio, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm,
-        "gradient_checkpointing": gradient_checkpointing, "save_steps": save_steps, "on_start": _announce,
-        "on_step": _step,
+        "gradient_checkpointing": gradient_checkpointing, "save_steps": save_steps, "on_start": narrator.begin,
+        "on_step": lambda row: narrator.step(row),
     }  # fmt: skip
     adapt: dict[str, Any] = {
         "r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "use_rslora": use_rslora,
@@ -136,20 +137,15 @@ def _load(
     return run.load(model, dtype, revision, seed, labels)
 
 
-_progress: Any = None
+class _Narrator:
+    """Tells of a training: what it begins with, then its steps."""
 
-
-def _announce(rows: Any, held: Any, args: Any, what: str) -> None:
-    global _progress
-    _progress = training_progress(args.steps)
-    held_out = "" if held is None else f", {held.target_tokens} held-out targets"
-    say(
-        f"training {what}: {len(rows)} rows of {rows.kind}, {rows.tokens} tokens of which {rows.target_tokens} are "
-        f"targets{held_out}; {args.steps} steps, lr {args.learning_rate:g}"
-    )
-    if rows.skipped:
-        say(f"{rows.skipped} pieces of long prompts hold no target and are left out.")
-
-
-def _step(row: dict[str, float]) -> None:
-    _progress(row)
+    def begin(self, rows: Any, held: Any, args: Any, what: str) -> None:
+        self.step = training_progress(args.steps)
+        held_out = "" if held is None else f", {held.target_tokens} held-out targets"
+        say(
+            f"training {what}: {len(rows)} rows of {rows.kind}, {rows.tokens} tokens of which {rows.target_tokens} "
+            f"are targets{held_out}; {args.steps} steps, lr {args.learning_rate:g}"
+        )
+        if rows.skipped:
+            say(f"{rows.skipped} pieces of long prompts hold no target and are left out.")
