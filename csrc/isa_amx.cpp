@@ -1,0 +1,2 @@
+#define HB_ISA amx
+#include "isa.inc"

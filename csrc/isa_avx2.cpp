@@ -1,0 +1,2 @@
+#define HB_ISA avx2
+#include "isa.inc"

@@ -1,0 +1,2 @@
+#define HB_ISA avx512
+#include "isa.inc"

@@ -1,0 +1,2 @@
+#define HB_ISA generic
+#include "isa.inc"

@@ -1,0 +1,328 @@
+// Many rows of x: matrix products in bfloat16, for which a block of the matrix is decoded into the cache and used for all
+// rows. Bound by arithmetic.
+//
+// Both directions are one kernel. Its operands stand in blocks of a KB: A in 16 rows of 32 neighbours, B in 16 pairs of
+// 16 columns, so that a block is a tile register and a row of it a vector register.
+//
+//     forward    y (rows, out)   = A: x            B: the matrix, decoded with its rows as columns
+//     backward   dx' (in, rows)  = A: the matrix, decoded with its columns as rows    B: dy
+#pragma once
+#include "amx.h"
+#include "isa.h"
+#include "scales.h"
+
+#if defined(__AVX512BF16__)
+
+namespace halfbyte {
+namespace {
+
+constexpr int64_t BLOCK = 512;  // bfloat16 values of a block: 16 x 32
+
+inline I two_rows(F low, F high) {  // 32 neighbours
+    return (I)_mm512_cvtne2ps_pbh(high, low);
+}
+inline I interleaved(F even, F odd) {  // pairs of 16 columns
+    alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return _mm512_permutexvar_epi16(_mm512_load_si512(order), two_rows(even, odd));
+}
+
+// Calls f(Int<k>, value) with the float32 values of code k of a word, 0 to 7 (or 3), of a tile's rows.
+struct Decode {
+    const Matrix& m;
+    F table;
+    bool subtract, add;
+    F middle;
+    explicit Decode(const Matrix& m) : m(m), subtract(m.has_zero() && !m.zero_added), add(m.zero_added), middle(V::set1(128 - m.middle)) {
+        table = m.bits == 4 ? V::load(m.table) : V::zero();
+    }
+    F value(F code, F scale, F zero) const {
+        if (subtract) code = _mm512_sub_ps(code, zero);
+        code = V::mul(code, scale);
+        return add ? V::add(code, zero) : code;
+    }
+    template <class Each> void word4(I v, F scale, F zero, Each f) const {
+        f(Int<0>{}, value(V::nibble<0>(v, table), scale, zero)), f(Int<2>{}, value(V::nibble<1>(v, table), scale, zero));
+        f(Int<4>{}, value(V::nibble<2>(v, table), scale, zero)), f(Int<6>{}, value(V::nibble<3>(v, table), scale, zero));
+        f(Int<1>{}, value(V::nibble<4>(v, table), scale, zero)), f(Int<3>{}, value(V::nibble<5>(v, table), scale, zero));
+        f(Int<5>{}, value(V::nibble<6>(v, table), scale, zero)), f(Int<7>{}, value(V::nibble<7>(v, table), scale, zero));
+    }
+    template <class Each> void word8(I v, F scale, F zero, Each f) const {
+        v = V::flip(v);
+        f(Int<0>{}, value(V::add(V::byte<0>(v), middle), scale, zero)), f(Int<2>{}, value(V::add(V::byte<1>(v), middle), scale, zero));
+        f(Int<1>{}, value(V::add(V::byte<2>(v), middle), scale, zero)), f(Int<3>{}, value(V::add(V::byte<3>(v), middle), scale, zero));
+    }
+};
+
+// Columns [k0, k1) of tile t as B blocks, one below the other; zeros fill the last.
+template <int BITS>
+void decode_b(const Decode& d, int64_t t, int64_t k0, int64_t k1, const float* scale, const float* zero, uint16_t* out) {
+    constexpr int CODES = 32 / BITS;
+    const Matrix& m = d.m;
+    const int n = m.tile_rows(t);
+    const uint8_t* p = m.tile(t) + k0 / CODES * 4 * n;
+    F sc = V::zero(), z = V::zero();
+    int64_t same_until = k0;
+    for (int64_t k = k0; k < k1; k += CODES, p += 4 * n, out += 16 * CODES) {
+        if (k >= same_until) {
+            const int64_t g = k / m.group;
+            sc = V::load(scale + g * TILE);
+            if (zero) z = V::load(zero + g * TILE);
+            same_until = (g + 1) * m.group;
+        }
+        prefetch(p);
+        const I v = n == TILE ? V::words(p) : V::words(p, n);
+        F f[CODES];
+        const auto keep = [&](auto at, F value) { f[decltype(at)::value] = value; };
+        if constexpr (BITS == 4) d.word4(v, sc, z, keep);
+        else d.word8(v, sc, z, keep);
+        for (int i = 0; i < CODES; i += 2) _mm512_storeu_si512(out + 16 * i, interleaved(f[i], f[i + 1]));
+    }
+    for (; k1 % 32; k1 += CODES, out += 16 * CODES) memset(out, 0, 32 * CODES);
+}
+
+// Columns [k0, k1) of tiles t and t + 1 (zeros if there is none) as A blocks: 16 columns of 32 rows, `step` values apart.
+template <int BITS>
+void decode_a(const Decode& d, int64_t t, int64_t k0, int64_t k1, const float* scale, const float* zero, int64_t step, uint16_t* out) {
+    constexpr int CODES = 32 / BITS;
+    const Matrix& m = d.m;
+    const bool two = t + 1 < m.tiles();
+    const int n0 = m.tile_rows(t), n1 = two ? m.tile_rows(t + 1) : 0;
+    const uint8_t *p0 = m.tile(t) + k0 / CODES * 4 * n0, *p1 = two ? m.tile(t + 1) + k0 / CODES * 4 * n1 : p0;
+    F s0 = V::zero(), s1 = s0, z0 = s0, z1 = s0;
+    int64_t same_until = k0;
+    for (int64_t k = k0; k < k1; k += CODES, p0 += 4 * n0, p1 += 4 * n1) {
+        if (k >= same_until) {
+            const int64_t g = k / m.group, next = m.groups * TILE;
+            s0 = V::load(scale + g * TILE);
+            s1 = two ? V::load(scale + next + g * TILE) : V::zero();
+            if (zero) z0 = V::load(zero + g * TILE), z1 = two ? V::load(zero + next + g * TILE) : V::zero();
+            same_until = (g + 1) * m.group;
+        }
+        prefetch(p0), prefetch(p1);
+        const I v0 = n0 == TILE ? V::words(p0) : V::words(p0, n0), v1 = n1 == TILE ? V::words(p1) : V::words(p1, n1);
+        F f[CODES];
+        const auto keep = [&](auto at, F value) { f[decltype(at)::value] = value; };
+        const auto both = [&](auto at, F value) {
+            constexpr int i = decltype(at)::value;
+            _mm512_storeu_si512(out + (k - k0 + i) / 16 * step + (k - k0 + i) % 16 * 32, two_rows(f[i], value));
+        };
+        if constexpr (BITS == 4) d.word4(v0, s0, z0, keep), d.word4(v1, s1, z1, both);
+        else d.word8(v0, s0, z0, keep), d.word8(v1, s1, z1, both);
+    }
+    for (int64_t k = k1 - k0; k % 16; k++) memset(out + k / 16 * step + k % 16 * 32, 0, 64);
+}
+
+// 16 vectors of 16 lanes of 32 bits, turned.
+inline void transpose(I (&r)[16]) {
+    I t[16];
+    for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 16; i += 8) {
+        for (int j = i; j < i + 4; j++) t[j] = _mm512_shuffle_i32x4(r[j], r[j + 4], 0x88), t[j + 4] = _mm512_shuffle_i32x4(r[j], r[j + 4], 0xdd);
+    }
+    for (int j = 0; j < 8; j++) r[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88), r[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
+}
+
+// Rows [16 i, 16 i + 16) of x (rows, cols) as A blocks, or as B blocks; zeros where there are no more.
+inline void pack_a(const uint16_t* x, int64_t rows, int64_t cols, int64_t i, uint16_t* out) {
+    for (int64_t k = 0; k < cols; k += 32, out += BLOCK) {
+        const __mmask32 some = cols - k >= 32 ? ~0u : (1u << (cols - k)) - 1;
+        for (int64_t r = 0; r < 16; r++) {
+            const bool there = 16 * i + r < rows;
+            _mm512_storeu_si512(out + 32 * r, there ? _mm512_maskz_loadu_epi16(some, x + (16 * i + r) * cols + k) : _mm512_setzero_si512());
+        }
+    }
+}
+inline void pack_b(const uint16_t* x, int64_t rows, int64_t cols, int64_t i, uint16_t* out) {
+    for (int64_t k = 0; k < cols; k += 32, out += BLOCK) {
+        const __mmask32 some = cols - k >= 32 ? ~0u : (1u << (cols - k)) - 1;
+        I r[16];
+        for (int64_t j = 0; j < 16; j++) {
+            r[j] = 16 * i + j < rows ? _mm512_maskz_loadu_epi16(some, x + (16 * i + j) * cols + k) : _mm512_setzero_si512();
+        }
+        transpose(r);
+        for (int64_t j = 0; j < 16; j++) _mm512_storeu_si512(out + 32 * j, r[j]);
+    }
+}
+
+// C (16 R rows, 16 S columns; ldc) = or += the sum over `steps` of A block [r][step] times B block [s][step].
+template <int R, int S>
+void multiply(const uint16_t* a, int64_t a_next, const uint16_t* b, int64_t b_next, int64_t steps, float* c, int64_t ldc, bool first) {
+#if defined(__AMX_BF16__)
+    float *c00 = c, *c01 = c + 16, *c10 = c + 16 * ldc, *c11 = c10 + 16;
+    const int64_t stride = ldc * 4;
+    if (first) {
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    } else {
+        _tile_loadd(0, c00, stride);
+        if constexpr (S > 1) _tile_loadd(1, c01, stride);
+        if constexpr (R > 1) _tile_loadd(2, c10, stride);
+        if constexpr (R > 1 && S > 1) _tile_loadd(3, c11, stride);
+    }
+    for (int64_t i = 0; i < steps; i++, a += BLOCK, b += BLOCK) {
+        for (int j = 0; j < 16; j++) {
+            __builtin_prefetch(b + 2 * BLOCK + 32 * j);
+            if (S > 1) __builtin_prefetch(b + b_next + 2 * BLOCK + 32 * j);
+        }
+        _tile_loadd(4, a, 64);
+        _tile_loadd(6, b, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (S > 1) { _tile_loadd(7, b + b_next, 64); _tile_dpbf16ps(1, 4, 7); }
+        if constexpr (R > 1) { _tile_loadd(5, a + a_next, 64); _tile_dpbf16ps(2, 5, 6); }
+        if constexpr (R > 1 && S > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c00, stride);
+    if constexpr (S > 1) _tile_stored(1, c01, stride);
+    if constexpr (R > 1) _tile_stored(2, c10, stride);
+    if constexpr (R > 1 && S > 1) _tile_stored(3, c11, stride);
+#else
+    constexpr int ROWS = 8;
+    for (int half = 0; half < 16 * R; half += ROWS) {
+        const uint16_t* rows = a + half / 16 * a_next + half % 16 * 32;
+        float* to = c + half * ldc;
+        F acc[ROWS][S];
+        for (int r = 0; r < ROWS; r++) for (int s = 0; s < S; s++) acc[r][s] = first ? V::zero() : V::load(to + r * ldc + 16 * s);
+        for (int64_t i = 0; i < steps * 16; i++) {
+            const uint16_t *bp = b + 32 * i, *ap = rows + i / 16 * BLOCK + i % 16 * 2;
+            __m512bh bs[S];
+            for (int s = 0; s < S; s++) bs[s] = (__m512bh)_mm512_loadu_si512(bp + s * b_next);
+            for (int r = 0; r < ROWS; r++) {
+                int32_t pair;
+                memcpy(&pair, ap + 32 * r, 4);
+                const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+                for (int s = 0; s < S; s++) acc[r][s] = _mm512_dpbf16_ps(acc[r][s], bs[s], x);
+            }
+        }
+        for (int r = 0; r < ROWS; r++) for (int s = 0; s < S; s++) V::store(to + r * ldc + 16 * s, acc[r][s]);
+    }
+#endif
+}
+
+// All of C: a_blocks x b_blocks blocks of 16 x 16.
+inline void multiply_all(const uint16_t* a, int64_t a_next, int64_t a_blocks, const uint16_t* b, int64_t b_next, int64_t b_blocks, int64_t steps, float* c,
+                         int64_t ldc, bool first) {
+    for (int64_t i = 0; i < a_blocks; i += 2) {
+        for (int64_t j = 0; j < b_blocks; j += 2) {
+            const uint16_t *ai = a + i * a_next, *bj = b + j * b_next;
+            float* to = c + 16 * i * ldc + 16 * j;
+            const bool r2 = i + 1 < a_blocks, s2 = j + 1 < b_blocks;
+            if (r2 && s2) multiply<2, 2>(ai, a_next, bj, b_next, steps, to, ldc, first);
+            else if (r2) multiply<2, 1>(ai, a_next, bj, b_next, steps, to, ldc, first);
+            else if (s2) multiply<1, 2>(ai, a_next, bj, b_next, steps, to, ldc, first);
+            else multiply<1, 1>(ai, a_next, bj, b_next, steps, to, ldc, first);
+        }
+    }
+}
+
+struct MatrixUnit {  // whatever a thread must set up for it
+#if defined(__AMX_BF16__)
+    MatrixUnit() { const TileConfig config; _tile_loadconfig(&config); }
+    ~MatrixUnit() { _tile_release(); }
+#else
+    MatrixUnit() {}
+    ~MatrixUnit() {}
+#endif
+};
+
+inline void store_row(Type type, uint8_t* y, int64_t at, const float* c, const float* bias, int64_t n) {
+    int64_t j = 0;
+    for (; j + 16 <= n; j += 16) {
+        F f = V::load(c + j);
+        if (bias) f = V::add(f, V::load(bias + j));
+        if (type == Type::bf16) _mm256_storeu_si256((__m256i*)(y + 2 * (at + j)), (__m256i)_mm512_cvtneps_pbh(f));
+        else if (type == Type::f32) V::store((float*)(y + 4 * (at + j)), f);
+        else _mm256_storeu_si256((__m256i*)(y + 2 * (at + j)), _mm512_cvtps_ph(f, 0));
+    }
+    for (; j < n; j++) store_float(type, y, at + j, c[j] + (bias ? bias[j] : 0));
+}
+
+// How much of the matrix is decoded at a time: BESIDE columns of B (or rows of A) that are DEEP where the product sums.
+constexpr int64_t BESIDE = 256, DEEP = 1024;
+
+// Even parts of a depth, each of at most DEEP, in whole blocks.
+inline int64_t part(int64_t depth) { return ceil_div(ceil_div(depth, ceil_div(depth, DEEP)), 32) * 32; }
+
+// Where one part is all, a few rows' sums are finished before the next begin; else all wait for the next part.
+inline int64_t rows_at_once(const Many& g, int64_t depth) { return depth <= DEEP ? least(32, ceil_div(g.rows, 16) * 16) : ceil_div(g.rows, 16) * 16; }
+
+// y for the matrix's tiles [begin, end).
+template <int BITS>
+void many_forward(const Many& g, int64_t begin, int64_t end) {
+    constexpr int64_t TILES = BESIDE / TILE;
+    const Matrix& m = *g.m;
+    const Decode d(m);
+    const int64_t x_next = ceil_div(m.cols, 32) * BLOCK, per_tile = m.groups * TILE, deep = part(m.cols), at_once = rows_at_once(g, m.cols);
+    uint16_t* panel = (uint16_t*)scratch(1, (size_t)(BESIDE * deep * 2));
+    float* scale = (float*)scratch(0, (size_t)(2 * TILES * per_tile) * 4);
+    float* zero = m.has_zero() ? scale + TILES * per_tile : nullptr;
+    float* c = (float*)scratch(2, (size_t)(at_once * BESIDE) * 4);
+    const MatrixUnit unit;
+    for (int64_t t0 = begin; t0 < end; t0 += TILES) {
+        const int64_t tiles = least(TILES, end - t0), ldc = tiles * TILE, n0 = t0 * TILE, n = least(m.rows - n0, ldc);
+        for (int64_t t = 0; t < tiles; t++) {
+            tile_values(m.scale, (t0 + t) * TILE, m.tile_rows(t0 + t), m.groups, scale + t * per_tile);
+            if (zero) tile_values(m.zero, (t0 + t) * TILE, m.tile_rows(t0 + t), m.groups, zero + t * per_tile);
+        }
+        for (int64_t k0 = 0; k0 < m.cols; k0 += deep) {
+            const int64_t k1 = least(m.cols, k0 + deep), steps = ceil_div(k1 - k0, 32);
+            for (int64_t t = 0; t < tiles; t++)
+                decode_b<BITS>(d, t0 + t, k0, k1, scale + t * per_tile, zero ? zero + t * per_tile : nullptr, panel + t * steps * BLOCK);
+            for (int64_t r0 = 0; r0 < g.rows; r0 += at_once) {
+                const int64_t rows = least(at_once, g.rows - r0);
+                multiply_all(g.packed + r0 / 16 * x_next + k0 / 32 * BLOCK, x_next, ceil_div(rows, 16), panel, steps * BLOCK, tiles, steps, c, ldc, k0 == 0);
+                if (k1 < m.cols) continue;
+                for (int64_t r = 0; r < rows; r++) store_row(g.y_type, g.y, (r0 + r) * m.rows + n0, c + r * ldc, g.bias ? g.bias + n0 : nullptr, n);
+            }
+        }
+    }
+}
+
+// dx for the matrix's columns [16 begin, 16 end).
+template <int BITS>
+void many_backward(const Many& g, int64_t begin, int64_t end) {
+    const Matrix& m = *g.m;
+    const Decode d(m);
+    const int64_t dy_next = ceil_div(m.rows, 32) * BLOCK, per_tile = m.groups * TILE, deep = part(m.rows) / TILE, at_once = rows_at_once(g, m.rows);
+    uint16_t* panel = (uint16_t*)scratch(1, (size_t)(BESIDE * deep * TILE * 2));
+    float* scale = (float*)scratch(0, (size_t)(4 * per_tile) * 4);
+    float* zero = m.has_zero() ? scale + 2 * per_tile : nullptr;
+    float* c = (float*)scratch(2, (size_t)(at_once * BESIDE) * 4);  // columns of dx as rows
+    const MatrixUnit unit;
+    const int64_t last = least(16 * end, m.cols);
+    for (int64_t k0 = 16 * begin; k0 < last; k0 += BESIDE) {
+        const int64_t k1 = least(last, k0 + BESIDE), blocks = ceil_div(k1 - k0, 16);
+        for (int64_t t0 = 0; t0 < m.tiles(); t0 += deep) {
+            const int64_t tiles = least(deep, m.tiles() - t0), steps = ceil_div(tiles, 2);
+            for (int64_t t = t0; t < t0 + tiles; t += 2) {
+                for (int64_t i = 0; i < least(2, t0 + tiles - t); i++) {
+                    tile_values(m.scale, (t + i) * TILE, m.tile_rows(t + i), m.groups, scale + i * per_tile);
+                    if (zero) tile_values(m.zero, (t + i) * TILE, m.tile_rows(t + i), m.groups, zero + i * per_tile);
+                }
+                decode_a<BITS>(d, t, k0, k1, scale, zero, steps * BLOCK, panel + (t - t0) / 2 * BLOCK);
+            }
+            for (int64_t r0 = 0; r0 < g.rows; r0 += at_once) {
+                const int64_t rows = least(at_once, g.rows - r0), ldc = ceil_div(rows, 16) * 16;
+                multiply_all(panel, steps * BLOCK, blocks, g.packed + r0 / 16 * dy_next + t0 / 2 * BLOCK, dy_next, ldc / 16, steps, c, ldc, t0 == 0);
+                if (t0 + tiles < m.tiles()) continue;
+                for (int64_t r = 0; r < rows; r += 16) {
+                    for (int64_t k = k0; k < k1; k += 16) {
+                        I turned[16];
+                        for (int i = 0; i < 16; i++) turned[i] = _mm512_loadu_si512(c + (k - k0 + i) * ldc + r);
+                        transpose(turned);
+                        for (int64_t j = 0; j < least(16, rows - r); j++)
+                            store_row(g.y_type, g.y, (r0 + r + j) * m.cols + k, (const float*)&turned[j], nullptr, least(16, k1 - k));
+                    }
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+}  // namespace halfbyte
+
+#endif

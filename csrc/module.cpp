@@ -1,0 +1,169 @@
+// The boundary: Python gives addresses with their sizes, and nothing is touched before every size has been checked.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "dispatch.h"
+#include "layout.h"
+#include "product.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+using namespace halfbyte;
+
+namespace {
+
+using Span = std::pair<uintptr_t, int64_t>;  // address, bytes
+
+uint8_t* checked(Span s, int64_t needed, const char* what) {
+    if (needed < 0 || s.second < needed || (needed && !s.first)) {
+        throw std::invalid_argument(std::string(what) + " has " + std::to_string(s.second) + " bytes where " + std::to_string(needed) + " are needed");
+    }
+    return (uint8_t*)s.first;
+}
+
+int64_t product(int64_t a, int64_t b, const char* what) {
+    int64_t r;
+    if (a < 0 || b < 0 || __builtin_mul_overflow(a, b, &r) || r > (int64_t(1) << 46)) throw std::invalid_argument(std::string(what) + " is too large");
+    return r;
+}
+
+Type type_of(const std::string& name) {
+    if (name == "float32") return Type::f32;
+    if (name == "bfloat16") return Type::bf16;
+    if (name == "float16") return Type::f16;
+    if (name == "float8_e8m0fnu") return Type::e8m0;
+    throw std::invalid_argument("no kernel reads " + name);
+}
+
+void fill(float* table, const std::vector<float>& values, size_t n) {
+    if (values.size() < n) throw std::invalid_argument("a table of " + std::to_string(values.size()) + " values where " + std::to_string(n) + " are needed");
+    for (size_t i = 0; i < n; i++) table[i] = values[i];
+}
+
+struct Part {  // of a matrix still to be made: sizes are known, but not yet what they must be
+    Values v;
+    int64_t bytes = 0, inner_bytes = 0;
+};
+
+void check_part(Part& p, int64_t rows, int64_t groups, const char* what) {
+    const int64_t n = product(rows, groups, what);
+    Values& v = p.v;
+    int64_t needed = n;
+    if (v.kind == Values::floats) needed = n * size_of(v.type);
+    if (v.kind == Values::nested) {
+        if (v.bits == 6) needed = rows * ceil_div(groups * 6, 8);
+        if (v.inner_group < 1) throw std::invalid_argument("an inner group must hold something");
+        checked({(uintptr_t)v.inner, p.inner_bytes}, ceil_div(n, v.inner_group) * size_of(v.type), "the inner scale");
+    }
+    checked({(uintptr_t)v.data, p.bytes}, needed, what);
+}
+
+struct Handle {
+    Matrix m;
+    uint8_t* codes = nullptr;
+    Part scale, zero;
+
+    Handle(int64_t rows, int64_t cols, int bits, int64_t group, Span codes_, const std::vector<float>& table, std::optional<float> middle, Part scale_,
+           std::optional<Part> zero_, bool zero_added) {
+        if (bits != 4 && bits != 8) throw std::invalid_argument("the tiled layout holds codes of 4 or 8 bits");
+        if (rows < 0 || cols < 1 || group < 1 || cols % group || cols * bits % 32 || group * bits % 32)
+            throw std::invalid_argument("a tiled row holds whole groups of whole words");
+        m.rows = rows, m.cols = cols, m.bits = bits, m.group = group, m.groups = cols / group, m.zero_added = zero_added;
+        m.integers = middle.has_value(), m.middle = middle.value_or(0);
+        if (bits == 8 && !m.integers) throw std::invalid_argument("codes of 8 bits must be integers");
+        fill(m.table, table, (size_t)1 << bits);
+        m.codes = codes = checked(codes_, product(rows, m.row_bytes(), "the matrix"), "the codes");
+        scale = scale_;
+        check_part(scale, rows, m.groups, "the scale");
+        if (zero_) {
+            zero = *zero_;
+            check_part(zero, rows, m.groups, "the zero point");
+        }
+        for (const Part* p : {&scale, &zero})
+            if (p->v.kind == Values::nested && p->v.bits == 6 && (m.groups % 8 || p->v.inner_group != 8)) throw std::invalid_argument("six-bit scales come in eights");
+        m.scale = scale.v, m.zero = zero.v;
+    }
+
+    void tile(bool undo, int threads) {
+        if (m.tiled == !undo) return;
+        tile_codes(codes, m.rows, m.row_bytes(), m.bits, undo, threads);
+        for (const Part* p : {&scale, &zero}) {
+            uint8_t* data = const_cast<uint8_t*>(p->v.data);
+            if (p->v.kind == Values::none) continue;
+            if (p->v.kind == Values::nested && p->v.bits == 6) {
+                tile_six_bits(data, m.rows, m.groups / 8, undo, threads);
+                tile_elements(const_cast<uint8_t*>(p->v.inner), m.rows, m.groups / 8, size_of(p->v.type), undo, threads);
+            } else tile_elements(data, m.rows, m.groups, p->v.kind == Values::floats ? size_of(p->v.type) : 1, undo, threads);
+        }
+        m.tiled = !undo;
+    }
+
+    void multiply(Span x, const std::string& x_type, int64_t rows, std::optional<Span> bias, const std::string& bias_type, Span y, const std::string& y_type, int threads) {
+        if (!m.tiled) throw std::invalid_argument("the matrix is not tiled");
+        const Type xt = type_of(x_type), yt = type_of(y_type);
+        const Floats from{xt, checked(x, product(rows, m.cols * size_of(xt), "x"), "x")};
+        const Floats to{yt, checked(y, product(rows, m.rows * size_of(yt), "y"), "y")};
+        Floats b{Type::f32, nullptr};
+        if (bias) b = {type_of(bias_type), checked(*bias, m.rows * size_of(type_of(bias_type)), "the bias")};
+        nb::gil_scoped_release release;
+        linear(m, from, rows, bias ? &b : nullptr, to, threads);
+    }
+
+    bool grad(Span dy, const std::string& dy_type, int64_t rows, Span dx, const std::string& dx_type, int threads) {
+        if (!m.tiled) throw std::invalid_argument("the matrix is not tiled");
+        const Type from_type = type_of(dy_type), to_type = type_of(dx_type);
+        const Floats from{from_type, checked(dy, product(rows, m.rows * size_of(from_type), "dy"), "dy")};
+        const Floats to{to_type, checked(dx, product(rows, m.cols * size_of(to_type), "dx"), "dx")};
+        nb::gil_scoped_release release;
+        return linear_grad(m, from, rows, to, threads);
+    }
+};
+
+}  // namespace
+
+NB_MODULE(_cpu, mod) {
+    mod.def("isas", [] {
+        std::vector<std::string> names;
+        for (const Isa* i : isas()) names.push_back(i->name);
+        return names;
+    });
+    mod.def("isa", [] { return std::string(isa().name); });
+    mod.def("use_isa", &use_isa);
+    mod.def("thread_source", [] { return std::string(thread_source()); });
+
+    nb::class_<Part>(mod, "Values")
+        .def_static("floats", [](const std::string& type, Span s) {
+            Part p;
+            p.v.kind = Values::floats, p.v.type = type_of(type), p.v.data = (const uint8_t*)s.first, p.bytes = s.second;
+            return p;
+        })
+        .def_static("bytes", [](Span s) {
+            Part p;
+            p.v.kind = Values::bytes, p.v.data = (const uint8_t*)s.first, p.bytes = s.second;
+            return p;
+        })
+        .def_static("nested", [](int bits, Span s, const std::vector<float>& table, const std::string& type, Span inner, int64_t inner_group, float offset) {
+            if (bits != 6 && bits != 8) throw std::invalid_argument("scales are held in 6 or 8 bits");
+            Part p;
+            p.v.kind = Values::nested, p.v.bits = bits, p.v.data = (const uint8_t*)s.first, p.bytes = s.second;
+            fill(p.v.table, table, (size_t)1 << bits);
+            p.v.type = type_of(type), p.v.inner = (const uint8_t*)inner.first, p.inner_bytes = inner.second;
+            p.v.inner_group = inner_group, p.v.offset = offset;
+            return p;
+        });
+
+    nb::class_<Handle>(mod, "Matrix")
+        .def(nb::init<int64_t, int64_t, int, int64_t, Span, const std::vector<float>&, std::optional<float>, Part, std::optional<Part>, bool>(),
+             nb::arg("rows"), nb::arg("cols"), nb::arg("bits"), nb::arg("group"), nb::arg("codes"), nb::arg("table"), nb::arg("middle").none(),
+             nb::arg("scale"), nb::arg("zero").none(), nb::arg("zero_added"))
+        .def("tile", &Handle::tile, nb::arg("undo"), nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>())
+        .def_prop_ro("tiled", [](const Handle& h) { return h.m.tiled; })
+        .def("linear", &Handle::multiply)
+        .def("linear_grad", &Handle::grad);
+}

@@ -1,0 +1,89 @@
+#include "product.h"
+
+#include "dispatch.h"
+#include "threads.h"
+
+namespace halfbyte {
+namespace {
+
+constexpr int64_t FEW = 8;  // rows of x up to which reading the codes decides
+
+enum Slot : int { X = 3, BIAS, SUMS, BASE };  // of scratch; those below belong to the kernels
+
+const float* as_floats(Floats v, int64_t n, int slot) {
+    if (v.type == Type::f32) return (const float*)v.data;
+    float* out = (float*)scratch(slot, (size_t)n * sizeof(float));
+    for (int64_t i = 0; i < n; i++) out[i] = load_float(v.type, v.data, i);
+    return out;
+}
+
+const float* group_sums(const Matrix& m, Floats x, int rows, float factor, int slot) {
+    float* sums = (float*)scratch(slot, (size_t)(rows * m.groups) * sizeof(float));
+    for (int64_t i = 0; i < rows * m.groups; i++) {
+        float total[8] = {};
+        for (int64_t k = 0; k < m.group; k++) total[k % 8] += load_float(x.type, x.data, i * m.group + k);
+        for (int j = 1; j < 8; j++) total[0] += total[j];
+        sums[i] = factor * total[0];
+    }
+    return sums;
+}
+
+void few(const Matrix& m, Floats x, int rows, const float* bias, Floats y, int threads) {
+    Small s;
+    s.m = &m;
+    s.rows = rows;
+    const bool pairs = x.type == Type::bf16 && isa().pair_base;
+    if (pairs) s.x16 = (const uint16_t*)x.data;
+    else s.x = as_floats(x, rows * m.cols, X);
+    // codes are multiplied less a center: the middle of their range where zero points move them anyway
+    const float middle = (float)(1 << (m.bits - 1));
+    if (m.integers) s.center = middle - m.middle;
+    const Floats from = s.x ? Floats{Type::f32, (uint8_t*)s.x} : x;
+    if (m.has_zero()) s.sums = group_sums(m, from, rows, 1, SUMS);
+    if (pairs && isa().pair_base(m) != 0) s.base = group_sums(m, from, rows, -isa().pair_base(m), BASE);
+    for (int c = 0; c < TILE && m.bits == 4; c++) s.table[c] = m.table[c] - s.center;
+    s.bias = bias;
+    s.type = y.type;
+    s.y = y.data;
+    s.ldy = m.rows;
+    parallel(threads, m.tiles(), [&](int64_t begin, int64_t end) { isa().small(s, begin, end); });
+}
+
+constexpr int64_t AT_A_TIME = 512, SHALLOW = 4096;  // rows: what one decoding serves, and what scratch must hold
+
+void many(const Matrix& m, Floats x, int64_t rows, const float* bias, Floats y, bool back, int threads) {
+    const Isa& use = isa();
+    const int64_t in = back ? m.rows : m.cols, out = back ? m.cols : m.rows, block_values = ceil_div(in, 32) * 512;
+    const int64_t most = in <= 1024 ? SHALLOW : AT_A_TIME;
+    uint16_t* packed = (uint16_t*)scratch(X, (size_t)(ceil_div(least(rows, most), 16) * block_values * 2));
+    for (int64_t row = 0; row < rows; row += most) {
+        Many g;
+        g.m = &m, g.rows = least(most, rows - row), g.packed = packed, g.bias = bias;
+        g.y_type = y.type, g.y = y.data + row * out * size_of(y.type);
+        const uint16_t* from = (const uint16_t*)x.data + row * in;
+        parallel(threads, ceil_div(g.rows, 16), [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i++) use.pack(from, g.rows, in, i, back, packed + i * block_values);
+        });
+        if (back) parallel(threads, ceil_div(m.cols, 16), [&](int64_t begin, int64_t end) { use.backward(g, begin, end); });
+        else parallel(threads, m.tiles(), [&](int64_t begin, int64_t end) { use.forward(g, begin, end); });
+    }
+}
+
+}  // namespace
+
+void linear(const Matrix& m, Floats x, int64_t rows, const Floats* bias, Floats y, int threads) {
+    const float* b = bias ? as_floats(*bias, m.rows, BIAS) : nullptr;
+    if (rows > FEW && x.type == Type::bf16 && isa().forward) return many(m, x, rows, b, y, false, threads);
+    for (int64_t row = 0; row < rows; row += FEW) {
+        few(m, {x.type, x.data + row * m.cols * size_of(x.type)}, (int)least(FEW, rows - row), b,
+            {y.type, y.data + row * m.rows * size_of(y.type)}, threads);
+    }
+}
+
+bool linear_grad(const Matrix& m, Floats dy, int64_t rows, Floats dx, int threads) {
+    if (dy.type != Type::bf16 || !isa().backward) return false;
+    many(m, dy, rows, nullptr, dx, true, threads);
+    return true;
+}
+
+}  // namespace halfbyte

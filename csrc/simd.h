@@ -1,0 +1,159 @@
+// Sixteen lanes, on each kind of machine. A tile's rows are the lanes, so there are never horizontal sums.
+// Everything here is compiled once per instruction set: internal linkage only.
+#pragma once
+#ifndef HB_AHEAD
+#define HB_AHEAD 4096
+#endif
+#include "matrix.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace halfbyte {
+namespace {
+
+#if defined(__AVX512F__)
+
+struct V {
+    using F = __m512;
+    using I = __m512i;
+    static F zero() { return _mm512_setzero_ps(); }
+    static F set1(float x) { return _mm512_set1_ps(x); }
+    static F load(const float* p) { return _mm512_loadu_ps(p); }
+    static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+    static F add(F a, F b) { return _mm512_add_ps(a, b); }
+    static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+    static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static I words(const uint8_t* p) { return _mm512_loadu_si512(p); }
+    static I words(const uint8_t* p, int n) { return _mm512_maskz_loadu_epi32((__mmask16)((1u << n) - 1), p); }
+    static I flip(I v) { return _mm512_xor_si512(v, _mm512_set1_epi32((int)0x80808080u)); }
+    template <int n> static F nibble(I v, F table) { return _mm512_permutexvar_ps(_mm512_srli_epi32(v, 4 * n), table); }
+    template <int n> static F byte(I v) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(v, 24 - 8 * n), 24)); }
+    static F load_bf16(const uint8_t* p) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+    }
+    static F load_f16(const uint8_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+    static F load_bytes(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+    static F look_up(const float* table, const uint8_t* p) {
+        return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)), table, 4);
+    }
+    static F gather(const float* p, const int32_t* index) { return _mm512_i32gather_ps(_mm512_loadu_si512(index), p, 4); }
+    // value i (0 to 7) of the six-bit codes whose low and high halves these are
+    static F six_bits(const uint8_t* low, const uint8_t* high, int i) {
+        const I l = _mm512_and_si512(_mm512_srlv_epi32(_mm512_loadu_si512(low), _mm512_set1_epi32(4 * i)), _mm512_set1_epi32(15));
+        const I h = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)high));
+        const I top = _mm512_and_si512(_mm512_srlv_epi32(h, _mm512_set1_epi32(2 * i)), _mm512_set1_epi32(3));
+        return _mm512_cvtepi32_ps(_mm512_or_si512(l, _mm512_slli_epi32(top, 4)));
+    }
+};
+
+#elif defined(__AVX2__)
+
+struct V {
+    struct F { __m256 a, b; };
+    struct I { __m256i a, b; };
+    static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+    static F set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+    static F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+    static void store(float* p, F x) { _mm256_storeu_ps(p, x.a); _mm256_storeu_ps(p + 8, x.b); }
+    static F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+    static F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+    static F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+    static I words(const uint8_t* p) { return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))}; }
+    static I words(const uint8_t* p, int n) {
+        alignas(32) uint8_t w[64] = {};
+        memcpy(w, p, (size_t)(4 * n));
+        return words(w);
+    }
+    static I flip(I v) {
+        const __m256i m = _mm256_set1_epi32((int)0x80808080u);
+        return {_mm256_xor_si256(v.a, m), _mm256_xor_si256(v.b, m)};
+    }
+    static __m256 pick(__m256i i, F table) {  // of 16 entries: 8 at a time, bit 3 (moved to the sign) chooses
+        const __m256 low = _mm256_permutevar8x32_ps(table.a, i), high = _mm256_permutevar8x32_ps(table.b, i);
+        return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
+    }
+    template <int n> static F nibble(I v, F table) {
+        return {pick(_mm256_srli_epi32(v.a, 4 * n), table), pick(_mm256_srli_epi32(v.b, 4 * n), table)};
+    }
+    template <int n> static F byte(I v) {
+        return {_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(v.a, 24 - 8 * n), 24)),
+                _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(v.b, 24 - 8 * n), 24))};
+    }
+    static __m256 half_bf16(const uint8_t* p) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+    }
+    static F load_bf16(const uint8_t* p) { return {half_bf16(p), half_bf16(p + 16)}; }
+    static F load_f16(const uint8_t* p) {
+        return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 16)))};
+    }
+    static __m256i half_bytes(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+    static F load_bytes(const uint8_t* p) { return {_mm256_cvtepi32_ps(half_bytes(p)), _mm256_cvtepi32_ps(half_bytes(p + 8))}; }
+    static F look_up(const float* table, const uint8_t* p) {
+        return {_mm256_i32gather_ps(table, half_bytes(p), 4), _mm256_i32gather_ps(table, half_bytes(p + 8), 4)};
+    }
+    static F gather(const float* p, const int32_t* index) {
+        return {_mm256_i32gather_ps(p, _mm256_loadu_si256((const __m256i*)index), 4),
+                _mm256_i32gather_ps(p, _mm256_loadu_si256((const __m256i*)(index + 8)), 4)};
+    }
+    static __m256 half_six(const uint8_t* low, const uint8_t* high, int i) {
+        const __m256i l = _mm256_and_si256(_mm256_srlv_epi32(_mm256_loadu_si256((const __m256i*)low), _mm256_set1_epi32(4 * i)), _mm256_set1_epi32(15));
+        const __m256i h = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)high));
+        const __m256i top = _mm256_and_si256(_mm256_srlv_epi32(h, _mm256_set1_epi32(2 * i)), _mm256_set1_epi32(3));
+        return _mm256_cvtepi32_ps(_mm256_or_si256(l, _mm256_slli_epi32(top, 4)));
+    }
+    static F six_bits(const uint8_t* low, const uint8_t* high, int i) { return {half_six(low, high, i), half_six(low + 32, high + 16, i)}; }
+};
+
+#else
+
+struct V {  // loops that any compiler takes, and most make vectors of
+    struct F { float x[16]; };
+    struct I { uint32_t x[16]; };
+    template <class Each> static F each(Each f) { F r; for (int i = 0; i < 16; i++) r.x[i] = f(i); return r; }
+    static F zero() { return set1(0); }
+    static F set1(float x) { return each([=](int) { return x; }); }
+    static F load(const float* p) { F r; memcpy(r.x, p, 64); return r; }
+    static void store(float* p, F x) { memcpy(p, x.x, 64); }
+    static F add(F a, F b) { return each([&](int i) { return a.x[i] + b.x[i]; }); }
+    static F mul(F a, F b) { return each([&](int i) { return a.x[i] * b.x[i]; }); }
+    static F fma(F a, F b, F c) { return each([&](int i) { return a.x[i] * b.x[i] + c.x[i]; }); }
+    static I words(const uint8_t* p) { return words(p, 16); }
+    static I words(const uint8_t* p, int n) { I r = {}; memcpy(r.x, p, (size_t)(4 * n)); return r; }
+    static I flip(I v) { for (auto& x : v.x) x ^= 0x80808080u; return v; }
+    template <int n> static F nibble(const I& v, const F& table) { return each([&](int i) { return table.x[v.x[i] >> (4 * n) & 15]; }); }
+    template <int n> static F byte(const I& v) { return each([&](int i) { return (float)(int8_t)(v.x[i] >> (8 * n)); }); }
+    static F load_bf16(const uint8_t* p) { return each([=](int i) { return load_float(Type::bf16, p, i); }); }
+    static F load_f16(const uint8_t* p) { return each([=](int i) { return load_float(Type::f16, p, i); }); }
+    static F load_bytes(const uint8_t* p) { return each([=](int i) { return (float)p[i]; }); }
+    static F look_up(const float* table, const uint8_t* p) { return each([=](int i) { return table[p[i]]; }); }
+    static F gather(const float* p, const int32_t* index) { return each([=](int i) { return p[index[i]]; }); }
+    static F six_bits(const uint8_t* low, const uint8_t* high, int n) {
+        return each([=](int i) {
+            uint32_t l; uint16_t h;
+            memcpy(&l, low + 4 * i, 4);
+            memcpy(&h, high + 2 * i, 2);
+            return (float)((l >> (4 * n) & 15) | (h >> (2 * n) & 3) << 4);
+        });
+    }
+};
+
+#endif
+
+// Reading ahead by hand: too much is done with each word for the machine to see the next ones in time, and its own
+// prefetching stops at the end of a page.
+constexpr int64_t AHEAD = HB_AHEAD;
+inline void prefetch(const uint8_t* p) { __builtin_prefetch(p + AHEAD, 0, 3); }
+
+template <int n> struct Int { static constexpr int value = n; };
+
+using F = V::F;
+using I = V::I;
+
+inline void store_floats(Type t, uint8_t* p, int64_t i, const float* x, int n) {
+    for (int r = 0; r < n; r++) store_float(t, p, i + r, x[r]);
+}
+
+}  // namespace
+}  // namespace halfbyte
