@@ -74,4 +74,21 @@ void tile_six_bits(uint8_t* data, int64_t rows, int64_t blocks, bool undo, int t
     });
 }
 
+void untile_row(const uint8_t* codes, int64_t rows, int64_t row_bytes, int bits, int64_t row, uint8_t* out) {
+    const int64_t t = row / TILE, n = least(TILE, rows - t * TILE);
+    const uint8_t* p = codes + t * TILE * row_bytes + 4 * (row % TILE);
+    for (int64_t w = 0; w < row_bytes / 4; w++, p += 4 * n, out += 4) {
+        uint32_t v;
+        memcpy(&v, p, 4);
+        v = bits == 8 ? swap_middle(v) : join_nibbles(v);
+        memcpy(out, &v, 4);
+    }
+}
+
+void untile_element_row(const uint8_t* data, int64_t rows, int64_t per_row, int64_t size, int64_t row, uint8_t* out) {
+    const int64_t t = row / TILE, n = least(TILE, rows - t * TILE);
+    const uint8_t* p = data + t * TILE * per_row * size + size * (row % TILE);
+    for (int64_t g = 0; g < per_row; g++, p += size * n, out += size) memcpy(out, p, (size_t)size);
+}
+
 }  // namespace halfbyte

@@ -22,6 +22,10 @@ void tile_codes(uint8_t* codes, int64_t rows, int64_t row_bytes, int bits, bool 
 void tile_elements(uint8_t* data, int64_t rows, int64_t per_row, int64_t size, bool undo, int threads);
 void tile_six_bits(uint8_t* data, int64_t rows, int64_t blocks_per_row, bool undo, int threads);
 
+// One row, back in the canonical order.
+void untile_row(const uint8_t* codes, int64_t rows, int64_t row_bytes, int bits, int64_t row, uint8_t* out);
+void untile_element_row(const uint8_t* data, int64_t rows, int64_t per_row, int64_t size, int64_t row, uint8_t* out);
+
 // The words' inner order, and back.
 static inline uint32_t split_nibbles(uint32_t w) {
     uint32_t even = w & 0x0f0f0f0fu, odd = (w >> 4) & 0x0f0f0f0fu;

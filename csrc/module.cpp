@@ -104,6 +104,24 @@ struct Handle {
         m.tiled = !undo;
     }
 
+    // Canonical rows of one part, by its name: codes, scale or zero.
+    void rows(const std::string& name, Span ids, Span out) const {
+        if (!m.tiled) throw std::invalid_argument("the matrix is not tiled");
+        const Values& v = name == "zero" ? m.zero : m.scale;
+        if (name != "codes" && (v.kind == Values::none || v.kind == Values::nested)) throw std::invalid_argument("rows of a nested part");
+        const int64_t n = ids.second / 8, size = v.kind == Values::floats ? size_of(v.type) : 1;
+        const int64_t row = name == "codes" ? m.row_bytes() : m.groups * size;
+        const int64_t* id = (const int64_t*)checked(ids, n * 8, "the index");
+        uint8_t* to = checked(out, product(n, row, "the rows"), "the rows");
+        for (int64_t i = 0; i < n; i++)
+            if (id[i] < 0 || id[i] >= m.rows) throw std::out_of_range("row " + std::to_string(id[i]) + " of " + std::to_string(m.rows));
+        nb::gil_scoped_release release;
+        for (int64_t i = 0; i < n; i++, to += row) {
+            if (name == "codes") untile_row(m.codes, m.rows, row, m.bits, id[i], to);
+            else untile_element_row(v.data, m.rows, m.groups, size, id[i], to);
+        }
+    }
+
     void multiply(Span x, const std::string& x_type, int64_t rows, std::optional<Span> bias, const std::string& bias_type, Span y, const std::string& y_type, int threads) {
         if (!m.tiled) throw std::invalid_argument("the matrix is not tiled");
         const Type xt = type_of(x_type), yt = type_of(y_type);
@@ -164,6 +182,7 @@ NB_MODULE(_cpu, mod) {
              nb::arg("scale"), nb::arg("zero").none(), nb::arg("zero_added"))
         .def("tile", &Handle::tile, nb::arg("undo"), nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>())
         .def_prop_ro("tiled", [](const Handle& h) { return h.m.tiled; })
+        .def("rows", &Handle::rows)
         .def("linear", &Handle::multiply)
         .def("linear_grad", &Handle::grad);
 }

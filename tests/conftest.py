@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+
+from halfbyte import kernels
 
 # The same few examples in every run: the whole suite is meant to be run often, on a small machine.
 settings.register_profile(
@@ -33,6 +36,13 @@ settings.load_profile("halfbyte")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def torch_products() -> Iterator[None]:
+    """Products as a reader of the dequantized weights computes them, to the bit: torch's, not ours."""
+    with kernels.using("reference"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -301,6 +301,7 @@ def test_merging():
 @pytest.mark.parametrize("name", ["int4-g32", "uint3-g32", "nf4-g64", "q4_0", "fp8-e4m3-channel", "mxfp4"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.usefixtures("torch_products")
 def test_eval_with_frozen_codes_is_training_bit_for_bit(name, dtype, adapted):
     op = linear(None, dtype)
     op.weight.grid = Grid(FORMATS[name])
@@ -316,6 +317,7 @@ def test_eval_with_frozen_codes_is_training_bit_for_bit(name, dtype, adapted):
 
 
 @pytest.mark.parametrize("name", ["int4-g32", "uint4-g32"])
+@pytest.mark.usefixtures("torch_products")
 def test_learned_grids_train_and_freeze_to_what_was_trained(name):
     f, op = FORMATS[name], linear()
     op.weight.grid = Grid(f, learned=kernels.qparams(op.weight.base().detach(), f, "minmax"))
@@ -347,6 +349,7 @@ def test_the_scale_gradient_is_damped_as_in_the_paper():
     torch.testing.assert_close(grid.scale.grad, plain.grad / (32 * 8) ** 0.5)
 
 
+@pytest.mark.usefixtures("torch_products")
 def test_the_cache_of_frozen_codes_follows_every_change():
     op = linear().eval()
     op.weight.grid = Grid(FORMATS["int4-g32"])
@@ -379,6 +382,7 @@ def test_the_cache_of_frozen_codes_follows_every_change():
     check()
 
 
+@pytest.mark.usefixtures("torch_products")
 def test_the_cache_follows_an_optimizer():
     op = linear().train()
     op.weight.grid = Grid(FORMATS["int4-g32"])
@@ -452,6 +456,7 @@ def test_codes_on_the_meta_device_can_be_made_empty():
 
 
 @torch.inference_mode()
+@pytest.mark.usefixtures("torch_products")
 def test_a_grid_in_inference_mode():
     op = linear().eval()
     op.weight.grid = Grid(FORMATS["int4-g32"])
@@ -471,6 +476,7 @@ def test_a_float_weight_has_no_codes():
         codes.weight.frozen()
 
 
+@pytest.mark.usefixtures("torch_products")
 def test_a_weight_in_eval_after_a_deepcopy():
     op = linear().eval()
     op.weight.grid = Grid(FORMATS["int4-g32"])
@@ -486,6 +492,7 @@ def test_a_weight_in_eval_after_a_deepcopy():
 # ---- inputs that are rounded at run time
 
 
+@pytest.mark.usefixtures("torch_products")
 def test_inputs_are_rounded_by_the_token():
     op, x = linear("int8-channel"), torch.randn(2, 3, 64)
     op.input = FORMATS["int8-channel"]

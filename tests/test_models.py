@@ -71,6 +71,7 @@ QUANTIZED = [
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "to"), QUANTIZED, ids=lambda v: v if isinstance(v, str) else v["weight"])
+@pytest.mark.usefixtures("torch_products")
 def test_every_architecture_is_read_quantized_too(tmp_path, name, to, dtype):
     made = quantized(folder(tmp_path / "m", name, dtype), [*KEPT, {"match": ".*", **to}])
     (tmp_path / "out").mkdir()

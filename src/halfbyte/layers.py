@@ -24,9 +24,9 @@ class Codes(nn.Module):
 
     def __init__(self, q: QTensor, learn: bool = False) -> None:
         super().__init__()
-        self._q = q
-        self._names = {name: name.replace(".", "_") for name in q.tensors()}
-        for name, part in q.tensors().items():
+        tensors = q.tensors()
+        self._names = {name: name.replace(".", "_") for name in tensors}
+        for name, part in tensors.items():
             self.register_buffer(self._names[name], part.detach())
         if learn:
             scale = q.parts["scale"]
@@ -35,6 +35,8 @@ class Codes(nn.Module):
             self._scale_dtype = scale.dtype
             del self._buffers["scale"]
             self.scale = nn.Parameter(scale.float())
+        self._q = q.with_tensors(tensors)
+        self._held: tuple[tuple[str, Tensor], ...] = ()
 
     @property
     def learned(self) -> bool:
@@ -42,11 +44,18 @@ class Codes(nn.Module):
 
     @property
     def q(self) -> QTensor:
-        """The QTensor around the module's present tensors; differentiable in a learned scale."""
+        """The QTensor around the module's present tensors: the same one as long as they are, so that a kernel may
+        lay it out; differentiable in a learned scale."""
+        buffers = self._buffers
+        if self._held and all(buffers.get(name) is t for name, t in self._held):
+            return self._q
         tensors = {name: getattr(self, attribute) for name, attribute in self._names.items()}
         if self.learned:
             tensors["scale"] = tensors["scale"].to(self._scale_dtype)
-        return self._q.with_tensors(tensors)
+            return self._q.with_tensors(tensors)
+        self._q = self._q.with_tensors(tensors)
+        self._held = tuple((self._names[name], t) for name, t in tensors.items())
+        return self._q
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codes:
         """Follows `.to(device)`; a cast (`.half()`, `.to(dtype)`) leaves the parts as they are."""
@@ -55,7 +64,22 @@ class Codes(nn.Module):
             device = fn(t.new_empty(0)).device
             return torch.empty_like(t, device=device) if t.is_meta else t.to(device)
 
+        self._q.canonical()
         return super()._apply(keep_dtype, recurse)  # pyright: ignore[reportReturnType]
+
+    # What is copied, saved or read is in the canonical layout.
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._q.canonical()
+        return {**self.__dict__, "_held": ()}
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._q.canonical()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._q.canonical()
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 class Grid(nn.Module):

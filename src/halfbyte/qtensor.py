@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -65,6 +66,20 @@ class QParams:
     zero: Tensor | None = None
 
 
+class Layout(Protocol):
+    """A kernel's own order of the bytes of a QTensor's parts."""
+
+    name: str
+
+    def restore(self) -> None:
+        """Puts the bytes back into the canonical order."""
+        ...
+
+    def rows(self, index: Tensor) -> dict[str, Tensor]:
+        """Canonical codes, scale and zero of some rows, as `QTensor.rows` gives them."""
+        ...
+
+
 @dataclass
 class QTensor:
     """A tensor in a format.
@@ -72,14 +87,32 @@ class QTensor:
     shape: the logical shape, (..., out, in). dtype: the source's, and that of `dequantize()`.
     parts: "codes" uint8, packed along the input; "scale" and "zero", each a tensor of shape
     `format.groups(shape)` or, where the format nests, a QTensor of that shape; "offset", a scalar that
-    centred formats add. layout: "canonical", or the name of a kernel's own order of the same parts.
+    centred formats add.
+
+    A kernel may put the bytes of the parts into an order of its own, which `layout` then names; `canonical()`
+    takes that back, and all else that reads parts does so first. Only who reaches into `parts` must know.
     """
 
     format: Format
     shape: tuple[int, ...]
     dtype: torch.dtype
     parts: dict[str, Tensor | QTensor] = field(repr=False)
-    layout: str = "canonical"
+    laid_out: Layout | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def layout(self) -> str:
+        """ "canonical", or the name of a kernel's own order of the parts' bytes."""
+        return self.laid_out.name if self.laid_out is not None else "canonical"
+
+    def canonical(self) -> QTensor:
+        """This QTensor, its parts in the canonical layout."""
+        if self.laid_out is not None:
+            self.laid_out.restore()
+            self.laid_out = None
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.canonical().__dict__.copy()  # a copy or a file has no kernel's layout
 
     @property
     def nbytes(self) -> int:
@@ -89,7 +122,7 @@ class QTensor:
     @property
     def codes(self) -> Tensor:
         """uint8 of the logical shape, unpacked."""
-        packed = self.parts["codes"]
+        packed = self.canonical().parts["codes"]
         assert isinstance(packed, Tensor)
         if self.format.flat:
             return unpack(packed, self.format.bits, prod(self.shape)).reshape(self.shape)
@@ -98,10 +131,12 @@ class QTensor:
     @property
     def qparams(self) -> QParams:
         """Scale and zero as they are after storage: what every product uses. Views where nothing is nested."""
-        return QParams(_value(self.parts["scale"]), _value(self.parts["zero"]) if "zero" in self.parts else None)
+        parts = self.canonical().parts
+        return QParams(_value(parts["scale"]), _value(parts["zero"]) if "zero" in parts else None)
 
     def dequantize(self) -> Tensor:
         """The tensor that the parts stand for, computed in float32 and rounded once to the source's dtype."""
+        self.canonical()
         if isinstance(self.format.grid, Table) and self.format.bits == 4 and self._whole_bytes():
             value = self._by_pairs(self.format.grid)
         else:
@@ -141,21 +176,27 @@ class QTensor:
             assert isinstance(part, Tensor)
             return part.reshape(self.shape[0], -1)[index]
 
-        parts: dict[str, Tensor | QTensor] = {k: take(p) for k, p in self.parts.items()}
+        parts: dict[str, Tensor | QTensor] = (
+            {k: take(p) for k, p in self.parts.items()} if self.laid_out is None else {**self.laid_out.rows(index)}
+        )
         shape = (*index.shape, self.shape[1])
         if self.format.flat:
             parts = {k: p.reshape(-1) for k, p in parts.items() if isinstance(p, Tensor)}
-        return replace(self, shape=shape, parts=parts)
+        return replace(self, shape=shape, parts=parts, laid_out=None)
 
     def to(self, device: torch.device | str) -> QTensor:
         """The same data on another device."""
-        return replace(self, parts={k: p.to(device) for k, p in self.parts.items()})
+        return self.with_tensors({k: t.to(device) for k, t in self.tensors().items()})
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """The parts as flat names, nested ones joined by a dot: "scale.codes"."""
+        """The parts as flat names, nested ones joined by a dot: "scale.codes". Aliases: they share the parts' memory,
+        and keep the canonical bytes when a kernel lays out the parts."""
         out: dict[str, Tensor] = {}
-        for name, part in self.parts.items():
-            out |= part.tensors(f"{prefix}{name}.") if isinstance(part, QTensor) else {prefix + name: part}
+        for name, part in self.canonical().parts.items():
+            if isinstance(part, QTensor):
+                out |= part.tensors(f"{prefix}{name}.")
+            else:
+                out[prefix + name] = part.view_as(part) if part.requires_grad else part.detach()
         return out
 
     def with_tensors(self, tensors: dict[str, Tensor], prefix: str = "") -> QTensor:
@@ -164,7 +205,7 @@ class QTensor:
             k: p.with_tensors(tensors, f"{prefix}{k}.") if isinstance(p, QTensor) else tensors[prefix + k]
             for k, p in self.parts.items()
         }
-        return replace(self, parts=parts)
+        return replace(self, parts=parts, laid_out=None)
 
 
 def _value(part: Tensor | QTensor) -> Tensor:

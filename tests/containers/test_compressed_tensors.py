@@ -67,6 +67,7 @@ def name_of(to):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("to", [*FORMATS_HELD, MIXED, MIXED_GROUPS], ids=name_of)
+@pytest.mark.usefixtures("torch_products")
 def test_others_compute_the_same_logits_and_we_read_the_same_codes(tmp_path, to, dtype):
     made, path = saved(tmp_path, to, dtype)
     ours = logits(made.model)
@@ -79,6 +80,7 @@ def test_others_compute_the_same_logits_and_we_read_the_same_codes(tmp_path, to,
 
 
 @pytest.mark.parametrize("to", ["W8A8", "FP8", "W4A8"])
+@pytest.mark.usefixtures("torch_products")
 def test_inputs_are_rounded_at_run_time_as_the_reader_rounds_them(tmp_path, to):
     made, path = saved(tmp_path, to)
     weights = {"W8A8": "int8-channel", "FP8": "fp8-e4m3-channel", "W4A8": "int4-g64"}[to]
@@ -168,6 +170,7 @@ def write_tensors(path, change):
 
 
 @pytest.mark.parametrize("to", ["int4-g32", "uint4-g32", "int8-channel", "uint8-channel"])
+@pytest.mark.usefixtures("torch_products")
 def test_codes_that_the_library_wrote_in_whole_bytes(tmp_path, to):
     """`int-quantized` holds narrow codes in int8 too, and zero points as they are."""
     made, path = saved(tmp_path, to)

@@ -249,6 +249,7 @@ def test_straight_through_keeps_dtype_and_shape(dtype):
 
 
 @pytest.mark.parametrize("name", ["int4-g32", "uint4-g32", "nf4-g64", "q4_k", "fp8-e4m3-channel"])
+@pytest.mark.usefixtures("torch_products")
 def test_linear_and_its_gradients_are_those_of_the_dense_product(name):
     q = kernels.quantize(torch.randn(8, 256), name)
     x = torch.randn(2, 3, 256, requires_grad=True)

@@ -81,6 +81,7 @@ def test_a_method_is_trained_saved_and_read_back_bit_for_bit(tmp_path, method, t
 @pytest.mark.parametrize(
     ("method", "to"), [("full", None), ("qat", "int4-g32"), ("qat", "W8A8"), ("scales", "int4-g32")]
 )
+@pytest.mark.usefixtures("torch_products")
 def test_plain_transformers_computes_what_was_trained(tmp_path, llama, method, to):
     made = trained(llama, method, to)
     assert torch.equal(logits(foreign(saved(made, tmp_path / "out"))), logits(made.model))
@@ -214,6 +215,7 @@ def test_training_goes_on_from_an_adapter(tmp_path, llama):
 @pytest.mark.parametrize(
     "to", [*INTEGERS, "int4-tensor", "int8-tensor", "W8A8", "nf4-g64", "nf4-g64-dq", "fp4-bnb-g64", "FP8A16"]
 )
+@pytest.mark.usefixtures("torch_products")
 def test_qat_lora_ships_exactly_what_was_trained(tmp_path, to, dtype):
     """KL 0, and not nearly so: trained, merged, frozen, saved and read back give the same logits bit for bit."""
     made = trained(folder(tmp_path / "base", dtype=dtype, words=True), "qat-lora", to, steps=2)
@@ -230,6 +232,7 @@ def test_qat_lora_ships_exactly_what_was_trained(tmp_path, to, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("to", ["int4-g32", "uint3-channel", "W8A8", "nf4-g64", "W4A16"])
+@pytest.mark.usefixtures("torch_products")
 def test_qat_ships_exactly_what_was_trained(tmp_path, to, dtype):
     made = load(folder(tmp_path / "base", dtype=dtype, words=True))
     made.apply(Grid(scheme=to), Train(**SHORT))

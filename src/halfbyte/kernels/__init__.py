@@ -1,19 +1,28 @@
 """Quantize, dequantize, fake-quantize, multiply: what is done with a format's bytes.
 
-One function a job; the fastest kernel that can serve a call does. Today that is the reference in torch.
+One function a job; the fastest kernel that can serve a call does: C++ on the CPU, else the reference in torch. Which
+one it is and why, `served_by` tells; a call that the fast ones refuse is logged, once a reason.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
 from torch import Tensor
 
 from halfbyte.formats import Format, parse
-from halfbyte.kernels import reference
+from halfbyte.kernels import cpu, reference
 from halfbyte.kernels.search import SEARCHES
 from halfbyte.kernels.search import qparams as _qparams
 from halfbyte.qtensor import QParams, QTensor
 
-__all__ = ["SEARCHES", "dequantize", "fake", "linear", "linear_grad", "qparams", "quantize", "served_by"]
+__all__ = ["SEARCHES", "dequantize", "fake", "linear", "linear_grad", "qparams", "quantize", "served_by", "using"]
+
+_log = logging.getLogger(__name__)
 
 
 def qparams(w: Tensor, format: str | Format, how: str | None = None, weight: Tensor | None = None) -> QParams:
@@ -42,16 +51,76 @@ def fake(w: Tensor, format: str | Format, qparams: QParams | None = None) -> Ten
 
 
 def linear(x: Tensor, q: QTensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) times the transposed q (out, in), plus bias, in x's dtype; differentiable in x and bias."""
-    return reference.linear(x, q, bias)
+    """x (..., in) times the transposed q (out, in), plus bias, in x's dtype; differentiable in x and bias.
+
+    The first call may lay out q's bytes anew (`q.layout`); later ones find them so.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _Linear.apply(x, q, bias)  # pyright: ignore[reportReturnType]
+    return _linear(x, q, bias)
 
 
 def linear_grad(dy: Tensor, q: QTensor) -> Tensor:
     """dy (..., out) times q (out, in): the gradient that `linear` passes to x."""
-    return reference.linear_grad(dy, q)
+    kernel = _tiled(dy, q)
+    dx = None if kernel is None else kernel.linear_grad(dy)
+    return reference.linear_grad(dy, q) if dx is None else dx
+
+
+class _Linear(torch.autograd.Function):
+    """Keeps no copy of the weight: backward multiplies with the codes again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, q: QTensor, bias: Tensor | None) -> Tensor:
+        ctx.q = q
+        return _linear(x, q, bias)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        dx = linear_grad(dy, ctx.q) if ctx.needs_input_grad[0] else None
+        db = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return dx, None, db
+
+
+def _linear(x: Tensor, q: QTensor, bias: Tensor | None) -> Tensor:
+    kernel = _tiled(x, q)
+    return reference.linear(x, q, bias) if kernel is None else kernel.linear(x, bias)
+
+
+def _tiled(x: Tensor, q: QTensor) -> cpu.Tiled | None:
+    """The C++ products with q, laying it out if need be; None, and a line in the log, where they refuse."""
+    kernel = q.laid_out
+    if kernel is not None and cpu.on and x.is_cpu and x.dtype in cpu.DTYPES:
+        return kernel  # pyright: ignore[reportReturnType]
+    why = f"the C++ kernels do not multiply {x.dtype}" if x.is_cpu and x.dtype not in cpu.DTYPES else cpu.refuses(q)
+    if why is None:
+        q.laid_out = kernel = cpu.Tiled(q)
+        return kernel
+    _fall_back(why)
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _fall_back(why: str) -> None:
+    _log.warning("torch multiplies with the dequantized weight: %s", why)
+
+
+@contextmanager
+def using(isa: str) -> Iterator[None]:
+    """Calls inside are served by one instruction set's kernels, or by torch's with "reference", whose products are
+    those of a model with dequantized weights bit for bit. Raises InputError for one that does not run here."""
+    before = cpu.use(isa)
+    try:
+        yield
+    finally:
+        cpu.use(before)
 
 
 def served_by() -> dict[str, str]:
     """Which kernel serves each job, and why no faster one does."""
-    why = "reference (torch): there is no other kernel yet"
-    return dict.fromkeys(("quantize", "dequantize", "fake", "linear", "linear_grad"), why)
+    why = cpu.missing()
+    torch_only = "reference (torch)" + (f": {why}" if why else "")
+    jobs = dict.fromkeys(("quantize", "dequantize", "fake", "linear", "linear_grad"), torch_only)
+    if why is None:
+        ...
+    return jobs

@@ -1,60 +1,216 @@
-"""The C++ kernels: which calls they serve, and a QTensor's parts as they want them."""
+"""The C++ products: which matrices they serve, and the layout that they give their bytes."""
 
 from __future__ import annotations
 
 import os
+from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from halfbyte.formats import Float8, Format, Integers, Table
+from halfbyte.errors import InputError
+from halfbyte.formats import Format, Integers, Table
 from halfbyte.qtensor import QTensor, grid_values
 
 try:
     from halfbyte.kernels import _cpu  # pyright: ignore[reportAttributeAccessIssue]
-except ImportError:  # installed without a compiler
+except ImportError:
     _cpu = None
 
-if _cpu is not None and "HALFBYTE_ISA" in os.environ:
-    _cpu.use_isa(os.environ["HALFBYTE_ISA"])
+on = _cpu is not None  # off, torch's kernels serve everything
+
+
+def use(name: str) -> str:
+    """Chooses an instruction set, or "reference" for torch's kernels alone; gives what was in use before.
+
+    Raises InputError for one that this machine or this build does not have.
+    """
+    global on
+    before = isa()
+    if name == "reference":
+        on = False
+    elif _cpu is None:
+        raise InputError(f"there is no instruction set {name!r} to use: {_MISSING}.")
+    else:
+        try:
+            _cpu.use_isa(name)
+        except ValueError as e:
+            raise InputError(f"{e}, reference.") from e
+        on = True
+    return before
+
+
+def isa() -> str:
+    """The instruction set in use, or "reference"."""
+    return _cpu.isa() if on else "reference"
+
+
+def isas() -> list[str]:
+    """Those that run here, the fastest first; "reference" is the last."""
+    return [*(_cpu.isas() if _cpu is not None else []), "reference"]
+
+
+_MISSING = "the C++ kernels were not built, since there was no compiler when halfbyte was installed"
+
+if asked := os.environ.get("HALFBYTE_ISA"):
+    use(asked)
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_STORED = {**DTYPES, torch.float8_e8m0fnu: "float8_e8m0fnu"}
+
+
+def missing() -> str | None:
+    """Why there are no C++ kernels at all, if so."""
+    if _cpu is None:
+        return _MISSING
+    return None if on else "torch's kernels were asked for (HALFBYTE_ISA=reference)"
 
 
 def span(t: Tensor) -> tuple[int, int]:
+    """Address and bytes of a contiguous tensor: what C++ checks sizes against."""
     return t.data_ptr(), t.nbytes
 
 
-def name(d: torch.dtype) -> str:
-    return str(d).removeprefix("torch.")
-
-
-def table(f: Format) -> list[float]:
-    """Grid value by code."""
+@lru_cache(maxsize=256)
+def _table(f: Format) -> list[float]:
     codes = torch.arange(1 << f.bits, dtype=torch.uint8)
-    return grid_values(codes, f).tolist() if not isinstance(f.grid, Integers) else (codes.float() - f.grid.middle).tolist()
+    return grid_values(codes, f, torch.zeros(1)).tolist() if f.zero == "integer" else grid_values(codes, f).tolist()
 
 
-def values(part: Tensor | QTensor) -> Any:
+def _group(q: QTensor) -> int:
+    return q.format.group if isinstance(q.format.group, int) else q.shape[-1]
+
+
+def refuses(q: QTensor) -> str | None:
+    """Why no C++ product takes q, in words; None if one does."""
+    if (why := missing()) is not None:
+        return why
+    f, codes = q.format, q.parts["codes"]
+    if not isinstance(codes, Tensor) or codes.device.type != "cpu":
+        return f"the C++ kernels run on the CPU, not on {codes.device.type if isinstance(codes, Tensor) else f}"
+    if len(q.shape) != 2 or prod(q.shape) == 0:
+        return f"{f.name} of shape {q.shape}: the C++ products take matrices that are not empty"
+    if not (isinstance(f.grid, Integers) and f.bits in (4, 8)) and not (isinstance(f.grid, Table) and f.bits == 4):
+        return f"{f.name}: the C++ products take integers of 4 or 8 bits and tables of 4"
+    if f.group == "tensor" or f.center:
+        return f"{f.name}: the C++ products take scales by group or by row"
+    cols, group = q.shape[1], _group(q)
+    if cols % group or cols * f.bits % 32 or group * f.bits % 32:
+        return f"{f.name} of shape {q.shape}: the C++ products take rows of whole groups of whole 32-bit words"
+    return _refuses_part(q, "scale") or _refuses_part(q, "zero")
+
+
+def _refuses_part(q: QTensor, name: str) -> str | None:
+    part = q.parts.get(name)
+    if part is None or (isinstance(part, Tensor) and (part.dtype in _STORED or part.dtype == torch.uint8)):
+        return None
+    if isinstance(part, Tensor):
+        return f"{q.format.name}: no C++ product reads a {name} in {part.dtype}"
+    scale = part.parts["scale"]
+    if not isinstance(scale, Tensor) or scale.dtype not in _STORED or "zero" in part.parts or part.format.bits not in (6, 8):
+        return f"{q.format.name}: no C++ product reads a {name} held as {part.format.name}"
+    if part.format.bits == 6 and (part.format.group != 8 or part.shape[-1] % 8):
+        return f"{q.format.name} of shape {q.shape}: 6-bit scales are read in eights"
+    return None
+
+
+class Tiled:
+    """A QTensor's parts in the tiled layout (csrc/layout.h), and the products with them.
+
+    Making one gives each part new memory, tiled, and lets go of the old: whoever still holds an alias of it keeps the
+    canonical bytes. Raises InputError where `refuses` would have said why.
+    """
+
+    name = "tiled"
+
+    def __init__(self, q: QTensor) -> None:
+        if (why := refuses(q)) is not None:
+            raise InputError(f"{why}.")
+        f = q.format
+        self.rows_, self.cols = q.shape
+        fresh = {k: t.detach().clone(memory_format=torch.contiguous_format) for k, t in q.tensors().items()}
+        own = q.with_tensors(fresh)
+        self.matrix = _cpu.Matrix(
+            rows=self.rows_,
+            cols=self.cols,
+            bits=f.bits,
+            group=_group(q),
+            codes=span(fresh["codes"]),
+            table=_table(f),
+            middle=float(f.grid.middle) if isinstance(f.grid, Integers) else None,
+            scale=_values(own.parts["scale"]),
+            zero=_values(own.parts["zero"]) if "zero" in own.parts else None,
+            zero_added=f.zero not in (None, "integer"),
+        )
+        self.matrix.tile(False, torch.get_num_threads())
+        self.parts = _leaves(q)  # the QTensor's own tensors, which stand for the new memory from here on
+        self.flat = f.flat
+        with torch.inference_mode():  # counts no change: the values are the same
+            for k, t in self.parts.items():
+                t.set_(fresh[k].reshape(t.shape))
+        self.where = self.parts["codes"].data_ptr()
+
+    def restore(self) -> None:
+        self.matrix.tile(True, torch.get_num_threads())
+
+    def rows(self, index: Tensor) -> dict[str, Tensor]:
+        ids = index.reshape(-1).long().contiguous()
+        out = {}
+        for k, t in self.parts.items():
+            out[k] = torch.empty((len(ids), t.numel() // self.rows_), dtype=t.dtype)
+            self.matrix.rows(k, span(ids), span(out[k]))
+            out[k] = out[k].reshape(*index.shape, -1)
+        return out
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (..., in) of float32, bfloat16 or float16 on the CPU."""
+        x = x.contiguous()
+        y = torch.empty((*x.shape[:-1], self.rows_), dtype=x.dtype)
+        dtype = DTYPES[x.dtype]
+        if bias is not None:
+            bias = bias.detach().contiguous()
+        self.matrix.linear(
+            (x.data_ptr(), x.nbytes),
+            dtype,
+            x.numel() // self.cols,
+            None if bias is None else (bias.data_ptr(), bias.nbytes),
+            dtype if bias is None else DTYPES[bias.dtype],
+            (y.data_ptr(), y.nbytes),
+            dtype,
+            torch.get_num_threads(),
+        )
+        return y
+
+    def linear_grad(self, dy: Tensor) -> Tensor | None:
+        """dy (..., out) of bfloat16; None where dequantizing serves better."""
+        dy = dy.contiguous()
+        dx = torch.empty((*dy.shape[:-1], self.cols), dtype=dy.dtype)
+        dtype = DTYPES[dy.dtype]
+        done = self.matrix.linear_grad(
+            span(dy), dtype, dy.numel() // self.rows_, span(dx), dtype, torch.get_num_threads()
+        )
+        return dx if done else None
+
+
+def _leaves(q: QTensor, prefix: str = "") -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for name, part in q.parts.items():
+        out |= _leaves(part, f"{prefix}{name}.") if isinstance(part, QTensor) else {prefix + name: part}
+    return out
+
+
+def _values(part: Tensor | QTensor) -> Any:
     if isinstance(part, Tensor):
         if part.dtype == torch.uint8:
             return _cpu.Values.bytes(span(part))
-        return _cpu.Values.floats(name(part.dtype), span(part))
-    f = part.format
-    inner = part.parts["scale"]
-    group = f.group if isinstance(f.group, int) else part.shape[-1] if f.group == "channel" else 1 << 40
-    offset = float(part.parts["offset"]) if "offset" in part.parts else 0.0
-    return _cpu.Values.nested(f.bits, span(part.parts["codes"]), table(f), name(inner.dtype), span(inner), group, offset)
-
-
-def matrix(q: QTensor) -> Any:
-    f = q.format
-    rows, cols = q.shape
-    group = cols if f.group == "channel" else f.group
-    m = _cpu.Matrix(
-        rows=rows, cols=cols, bits=f.bits, group=group, codes=span(q.parts["codes"]), table=table(f),
-        middle=float(f.grid.middle) if isinstance(f.grid, Integers) else None,
-        scale=values(q.parts["scale"]), zero=values(q.parts["zero"]) if "zero" in q.parts else None,
-        zero_added=f.zero not in (None, "integer"),
+        return _cpu.Values.floats(_STORED[part.dtype], span(part))
+    f, codes, inner = part.format, part.parts["codes"], part.parts["scale"]
+    assert isinstance(codes, Tensor)
+    assert isinstance(inner, Tensor)
+    group = part.shape[-1] if f.group == "channel" else prod(part.shape) if f.group == "tensor" else f.group
+    offset = part.parts.get("offset")
+    return _cpu.Values.nested(
+        f.bits, span(codes), _table(f), _STORED[inner.dtype], span(inner), group, float(offset) if offset is not None else 0.0
     )  # fmt: skip
-    m.tile(False, torch.get_num_threads())
-    return m

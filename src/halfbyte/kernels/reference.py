@@ -112,25 +112,10 @@ def fake(w: Tensor, f: Format, p: QParams | None = None) -> Tensor:
 
 
 def linear(x: Tensor, q: QTensor, bias: Tensor | None = None) -> Tensor:
-    """See halfbyte.kernels.linear."""
-    return _Linear.apply(x, q, bias)  # pyright: ignore[reportReturnType]
+    """See halfbyte.kernels.linear. W is dequantized for the product and dropped."""
+    return torch.nn.functional.linear(x, q.dequantize().to(x.dtype), bias)
 
 
 def linear_grad(dy: Tensor, q: QTensor) -> Tensor:
     """See halfbyte.kernels.linear_grad."""
     return dy @ q.dequantize().to(dy.dtype)
-
-
-class _Linear(torch.autograd.Function):
-    """x W^T + b with W dequantized for the product and dropped: backward dequantizes again, keeping no copy."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, q: QTensor, bias: Tensor | None) -> Tensor:
-        ctx.q = q
-        return torch.nn.functional.linear(x, q.dequantize().to(x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        dx = linear_grad(dy, ctx.q) if ctx.needs_input_grad[0] else None
-        db = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        return dx, None, db
