@@ -4,19 +4,33 @@
 #include "pairs.h"
 #include "scales.h"
 
-#if defined(__AMX_BF16__)
-
 namespace halfbyte {
 namespace {
+
+#if defined(__AMX_BF16__)
 
 struct TileConfig {  // of all eight registers: rows, and bytes a row
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t bytes[16] = {};
     uint8_t rows[16] = {};
-    TileConfig() {
-        for (int i = 0; i < 8; i++) bytes[i] = 64, rows[i] = 16;
+    explicit TileConfig(int deep = 16) {  // rows of a weights' register, and words of x's
+        for (int i = 0; i < 8; i++) bytes[i] = (uint16_t)(i == 4 || i == 5 ? 4 * deep : 64), rows[i] = (uint8_t)(i < 6 ? 16 : deep);
     }
 };
+
+#endif
+
+struct MatrixUnit {  // whatever a thread must set up for it
+#if defined(__AMX_BF16__)
+    explicit MatrixUnit(int deep = 16) { const TileConfig config(deep ? deep : 16); _tile_loadconfig(&config); }
+    ~MatrixUnit() { _tile_release(); }
+#else
+    explicit MatrixUnit(int = 16) {}
+    ~MatrixUnit() {}
+#endif
+};
+
+#if defined(__AMX_BF16__)
 
 // Sums T (0 to 3), each with a register for its weights. gcc's intrinsics take only literal numbers of registers.
 template <int T> struct Register;
@@ -135,7 +149,7 @@ struct SmallAmx {
     }
 };
 
+#endif
+
 }  // namespace
 }  // namespace halfbyte
-
-#endif

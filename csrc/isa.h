@@ -28,6 +28,20 @@ struct Many {  // a product with many rows, in bfloat16
     uint8_t* y = nullptr;              // (rows, m->rows), or backward (rows, m->cols)
 };
 
+struct Int8 {  // a product of 8-bit x with integers of 4 or 8 bits
+    const Matrix* m = nullptr;
+    int64_t rows = 0;               // of x
+    const int8_t* x = nullptr;      // signed, in the order of int8.h: (rows, cols), or in blocks where there are many rows
+    int64_t x_group = 0, x_groups = 0;
+    const float* x_scale = nullptr;  // (rows, x_groups)
+    int64_t sub = 0, subs = 0;       // neighbours that share both scales, and how many such there are in a row
+    const int32_t* sums = nullptr;   // (rows, subs): of x
+    int32_t middle = 0;              // of the unsigned codes' range
+    const float* bias = nullptr;     // float32, or null
+    Type y_type = Type::f32;
+    uint8_t* y = nullptr;            // (rows, m->rows)
+};
+
 struct Isa {
     const char* name;
     // Where bfloat16 x is multiplied as it is: what its decoding adds to every code less the center. Null: x must be float32.
@@ -37,6 +51,8 @@ struct Isa {
     void (*pack)(const uint16_t* x, int64_t rows, int64_t cols, int64_t block, bool as_b, uint16_t* out);
     void (*forward)(const Many&, int64_t tile_begin, int64_t tile_end);
     void (*backward)(const Many&, int64_t column_block_begin, int64_t column_block_end);  // of 16 columns
+    void (*few_int8)(const Int8&, int64_t tile_begin, int64_t tile_end);  // null where there is none
+    void (*many_int8)(const Int8&, int64_t tile_begin, int64_t tile_end);
 };
 
 const Isa* isa_generic();

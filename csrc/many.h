@@ -218,16 +218,6 @@ inline void multiply_all(const uint16_t* a, int64_t a_next, int64_t a_blocks, co
     }
 }
 
-struct MatrixUnit {  // whatever a thread must set up for it
-#if defined(__AMX_BF16__)
-    MatrixUnit() { const TileConfig config; _tile_loadconfig(&config); }
-    ~MatrixUnit() { _tile_release(); }
-#else
-    MatrixUnit() {}
-    ~MatrixUnit() {}
-#endif
-};
-
 inline void store_row(Type type, uint8_t* y, int64_t at, const float* c, const float* bias, int64_t n) {
     int64_t j = 0;
     for (; j + 16 <= n; j += 16) {

@@ -133,6 +133,20 @@ struct Handle {
         linear(m, from, rows, bias ? &b : nullptr, to, threads);
     }
 
+    bool multiply_int8(Span x, Span x_scale, const std::string& scale_type, int64_t x_group, int64_t rows, std::optional<Span> bias, const std::string& bias_type, Span y,
+                       const std::string& y_type, int threads) {
+        if (!m.tiled) throw std::invalid_argument("the matrix is not tiled");
+        if (x_group < 1 || m.cols % x_group) throw std::invalid_argument("a row of x holds whole groups");
+        const Type st = type_of(scale_type), yt = type_of(y_type);
+        const uint8_t* from = checked(x, product(rows, m.cols, "x"), "x");
+        const Floats scales{st, checked(x_scale, product(rows, m.cols / x_group * size_of(st), "the scales of x"), "the scales of x")};
+        const Floats to{yt, checked(y, product(rows, m.rows * size_of(yt), "y"), "y")};
+        Floats b{Type::f32, nullptr};
+        if (bias) b = {type_of(bias_type), checked(*bias, m.rows * size_of(type_of(bias_type)), "the bias")};
+        nb::gil_scoped_release release;
+        return linear_int8(m, from, scales, x_group, rows, bias ? &b : nullptr, to, threads);
+    }
+
     bool grad(Span dy, const std::string& dy_type, int64_t rows, Span dx, const std::string& dx_type, int threads) {
         if (!m.tiled) throw std::invalid_argument("the matrix is not tiled");
         const Type from_type = type_of(dy_type), to_type = type_of(dx_type);
@@ -184,5 +198,6 @@ NB_MODULE(_cpu, mod) {
         .def_prop_ro("tiled", [](const Handle& h) { return h.m.tiled; })
         .def("rows", &Handle::rows)
         .def("linear", &Handle::multiply)
+        .def("linear_int8", &Handle::multiply_int8)
         .def("linear_grad", &Handle::grad);
 }

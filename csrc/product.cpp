@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t FEW = 8;  // rows of x up to which reading the codes decides
 
-enum Slot : int { X = 3, BIAS, SUMS, BASE };  // of scratch; those below belong to the kernels
+enum Slot : int { X = 3, BIAS, SUMS, BASE, X_SCALE };  // of scratch; those below belong to the kernels
 
 const float* as_floats(Floats v, int64_t n, int slot) {
     if (v.type == Type::f32) return (const float*)v.data;
@@ -69,6 +69,16 @@ void many(const Matrix& m, Floats x, int64_t rows, const float* bias, Floats y, 
     }
 }
 
+// The order of int8.h, of one row; `blocks` apart by 1 KB where rows stand in blocks, else as they follow.
+void order_row(const Matrix& m, const uint8_t* x, int8_t* out, bool in_blocks) {
+    constexpr int ORDER4[8] = {0, 4, 1, 5, 2, 6, 3, 7}, ORDER8[8] = {0, 2, 1, 3, 4, 6, 5, 7};
+    const int* order = m.bits == 4 ? ORDER4 : ORDER8;
+    for (int64_t k = 0; k < m.cols; k++) {
+        const int64_t from = k / 8 * 8 + order[k % 8];
+        out[in_blocks ? k / 64 * 1024 + k % 64 : k] = (int8_t)(x[from] ^ 0x80);
+    }
+}
+
 }  // namespace
 
 void linear(const Matrix& m, Floats x, int64_t rows, const Floats* bias, Floats y, int threads) {
@@ -78,6 +88,41 @@ void linear(const Matrix& m, Floats x, int64_t rows, const Floats* bias, Floats 
         few(m, {x.type, x.data + row * m.cols * size_of(x.type)}, (int)least(FEW, rows - row), b,
             {y.type, y.data + row * m.rows * size_of(y.type)}, threads);
     }
+}
+
+bool linear_int8(const Matrix& m, const uint8_t* x, Floats x_scale, int64_t x_group, int64_t rows, const Floats* bias, Floats y, int threads) {
+    const Isa& use = isa();
+    const int64_t sub = least(x_group, m.group), word = 32 / m.bits;
+    if (!use.few_int8 || !m.integers || x_group % sub || m.group % sub || sub % word || m.cols % 8 || m.cols > 65536) return false;
+    Int8 s;
+    s.m = &m, s.rows = rows, s.x_group = x_group, s.x_groups = m.cols / x_group, s.sub = sub, s.subs = m.cols / sub, s.middle = 1 << (m.bits - 1);
+    s.bias = bias ? as_floats(*bias, m.rows, BIAS) : nullptr;
+    s.x_scale = as_floats(x_scale, rows * s.x_groups, X_SCALE);
+    s.y_type = y.type, s.y = y.data;
+    int32_t* sums = (int32_t*)scratch(SUMS, (size_t)(rows * s.subs) * 4);
+    const bool blocks = rows > FEW;
+    const int64_t block_row = ceil_div(m.cols, 64) * 1024;
+    int8_t* ordered = (int8_t*)scratch(X, (size_t)(blocks ? ceil_div(rows, 16) * block_row : rows * m.cols));
+    const auto prepare = [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; r++) {
+            for (int64_t i = 0; i < s.subs; i++) {
+                int32_t total = 0;
+                for (int64_t k = 0; k < sub; k++) total += x[r * m.cols + i * sub + k] - 128;
+                sums[r * s.subs + i] = total;
+            }
+            if (!blocks) {
+                order_row(m, x + r * m.cols, ordered + r * m.cols, false);
+                continue;
+            }
+            int8_t* to = ordered + r / 16 * block_row + r % 16 * 64;
+            if (m.cols % 64) memset(to + m.cols / 64 * 1024, 0, 64);
+            order_row(m, x + r * m.cols, to, true);
+        }
+    };
+    parallel(blocks ? threads : 1, rows, prepare);
+    s.x = ordered, s.sums = sums;
+    parallel(threads, m.tiles(), [&](int64_t begin, int64_t end) { blocks ? use.many_int8(s, begin, end) : use.few_int8(s, begin, end); });
+    return true;
 }
 
 bool linear_grad(const Matrix& m, Floats dy, int64_t rows, Floats dx, int threads) {

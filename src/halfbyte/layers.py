@@ -256,21 +256,30 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight
+        codes = self._codes()
+        if self.input is not None and codes is not None and not w.adapters and not torch.is_grad_enabled():
+            return kernels.linear(kernels.quantize(x, self.input, self._input_qparams(x)), codes, self.bias)
         if self.input is not None:
-            x = kernels.fake(x, self.input, kernels.qparams(x.detach(), self.input, "absmax"))
-        if w.grid is not None:
-            return (
-                F.linear(x, w.value().to(x.dtype), self.bias)
-                if self.training
-                else kernels.linear(x, w.frozen(), self.bias)
-            )
-        if isinstance(w.stored, Codes) and not w.stored.learned:
-            y = kernels.linear(x, w.stored.q, self.bias)
+            x = kernels.fake(x, self.input, self._input_qparams(x))
+        if codes is not None:
+            y = kernels.linear(x, codes, self.bias)
         else:
-            y = F.linear(x, w.base().to(x.dtype), self.bias)
-        for adapter in w.adapters.values():
-            y = adapter(x, y)
+            y = F.linear(x, (w.base() if w.grid is None else w.value()).to(x.dtype), self.bias)
+        if w.grid is None:
+            for adapter in w.adapters.values():
+                y = adapter(x, y)
         return y
+
+    def _codes(self) -> QTensor | None:
+        """What can be multiplied as codes: frozen ones, and in eval what a grid makes of the value."""
+        w = self.weight
+        if w.grid is not None:
+            return None if self.training else w.frozen()
+        return w.stored.q if isinstance(w.stored, Codes) and not w.stored.learned else None
+
+    def _input_qparams(self, x: Tensor) -> QParams:
+        assert self.input is not None
+        return kernels.qparams(x.detach(), self.input, "absmax")
 
 
 class Embedding(nn.Module):

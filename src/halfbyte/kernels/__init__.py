@@ -50,11 +50,15 @@ def fake(w: Tensor, format: str | Format, qparams: QParams | None = None) -> Ten
     return reference.fake(w, parse(format), qparams)
 
 
-def linear(x: Tensor, q: QTensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor | QTensor, q: QTensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in) times the transposed q (out, in), plus bias, in x's dtype; differentiable in x and bias.
 
-    The first call may lay out q's bytes anew (`q.layout`); later ones find them so.
+    x may be a QTensor of 8-bit integers with scales by rows (tokens) or groups of them: its codes are then
+    multiplied with q's, in integers, and nothing but the sums is rounded. The first call may lay out q's bytes
+    anew (`q.layout`); later ones find them so.
     """
+    if isinstance(x, QTensor):
+        return _linear_int8(x, q, bias)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, q, bias)  # pyright: ignore[reportReturnType]
     return _linear(x, q, bias)
@@ -87,12 +91,25 @@ def _linear(x: Tensor, q: QTensor, bias: Tensor | None) -> Tensor:
     return reference.linear(x, q, bias) if kernel is None else kernel.linear(x, bias)
 
 
+def _linear_int8(x: QTensor, q: QTensor, bias: Tensor | None) -> Tensor:
+    codes = x.canonical().parts["codes"]
+    assert isinstance(codes, Tensor)
+    kernel = _tiled(codes, q)
+    y = None if kernel is None else kernel.linear_int8(x, bias)
+    if y is not None:
+        return y
+    if kernel is not None:
+        _fall_back(f"no C++ kernel multiplies inputs in {x.format} with {q.format}")
+    return reference.linear(x.dequantize(), q, bias)
+
+
 def _tiled(x: Tensor, q: QTensor) -> cpu.Tiled | None:
     """The C++ products with q, laying it out if need be; None, and a line in the log, where they refuse."""
     kernel = q.laid_out
-    if kernel is not None and cpu.on and x.is_cpu and x.dtype in cpu.DTYPES:
+    if kernel is not None and cpu.on and x.is_cpu and (x.dtype in cpu.DTYPES or x.dtype is torch.uint8):
         return kernel  # pyright: ignore[reportReturnType]
-    why = f"the C++ kernels do not multiply {x.dtype}" if x.is_cpu and x.dtype not in cpu.DTYPES else cpu.refuses(q)
+    served = x.dtype in cpu.DTYPES or x.dtype is torch.uint8
+    why = cpu.refuses(q) if served or not x.is_cpu else f"the C++ kernels do not multiply {x.dtype}"
     if why is None:
         q.laid_out = kernel = cpu.Tiled(q)
         return kernel

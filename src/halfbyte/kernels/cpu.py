@@ -183,6 +183,33 @@ class Tiled:
         )
         return y
 
+    def linear_int8(self, x: QTensor, bias: Tensor | None) -> Tensor | None:
+        """x (..., in) in symmetric 8-bit integers with a scale a row, or a group of a row; y in its source's dtype.
+        None where no kernel multiplies these codes."""
+        f, codes, scale = x.format, x.parts["codes"], x.parts["scale"]
+        symmetric = isinstance(f.grid, Integers) and f.bits == 8 and f.grid.signed and f.zero is None
+        if not symmetric or f.flat or f.group == "tensor" or x.dtype not in DTYPES or not isinstance(scale, Tensor):
+            return None
+        assert isinstance(codes, Tensor)
+        if scale.dtype not in DTYPES:
+            return None
+        y = torch.empty((*x.shape[:-1], self.rows_), dtype=x.dtype)
+        if bias is not None:
+            bias = bias.detach().contiguous()
+        done = self.matrix.linear_int8(
+            span(codes),
+            span(scale),
+            DTYPES[scale.dtype],
+            _group(x),
+            codes.numel() // self.cols,
+            None if bias is None else span(bias),
+            "float32" if bias is None else DTYPES[bias.dtype],
+            span(y),
+            DTYPES[y.dtype],
+            torch.get_num_threads(),
+        )
+        return y if done else None
+
     def linear_grad(self, dy: Tensor) -> Tensor | None:
         """dy (..., out) of bfloat16; None where dequantizing serves better."""
         dy = dy.contiguous()
