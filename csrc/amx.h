@@ -9,6 +9,10 @@ namespace {
 
 #if defined(__AMX_BF16__)
 
+// gcc does not know that these read memory, and moves stores past them.
+#define HB_TILE_LOAD(tile, p, stride) do { __asm__ volatile("" ::: "memory"); _tile_loadd(tile, p, stride); } while (0)
+#define HB_TILE_CONFIG(p) do { __asm__ volatile("" : : "r"(p) : "memory"); _tile_loadconfig(p); } while (0)
+
 struct TileConfig {  // of all eight registers: rows, and bytes a row
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t bytes[16] = {};
@@ -22,7 +26,7 @@ struct TileConfig {  // of all eight registers: rows, and bytes a row
 
 struct MatrixUnit {  // whatever a thread must set up for it
 #if defined(__AMX_BF16__)
-    explicit MatrixUnit(int deep = 16) { const TileConfig config(deep ? deep : 16); _tile_loadconfig(&config); }
+    explicit MatrixUnit(int deep = 16) { const TileConfig config(deep ? deep : 16); HB_TILE_CONFIG(&config); }
     ~MatrixUnit() { _tile_release(); }
 #else
     explicit MatrixUnit(int = 16) {}
@@ -38,7 +42,7 @@ template <int T> struct Register;
     template <> struct Register<t> {                                                                \
         static void zero() { _tile_zero(t); }                                                       \
         static void store(float* p) { _tile_stored(t, p, 64); }                                     \
-        static void multiply(const uint8_t* b) { _tile_loadd(weights, b, 64); _tile_dpbf16ps(t, 4, weights); } \
+        static void multiply(const uint8_t* b) { HB_TILE_LOAD(weights, b, 64); _tile_dpbf16ps(t, 4, weights); } \
     };
 HB_REGISTER(0, 5)
 HB_REGISTER(1, 6)
@@ -60,9 +64,9 @@ struct SmallAmx {
     uint8_t* room;                  // zeros but for x's rows in the middle, in turns as well
     const uint8_t* before = nullptr;  // where x stands there for the step that is multiplied next
 
-    static constexpr int64_t room_bytes = 32 * 64, scratch_bytes = 8 * 2048 + 4 * 1024 + 4 * room_bytes;
+    static constexpr int64_t room_bytes = 32 * 64, room_at = 8 * 2048 + 4 * 1024, scratch_bytes = room_at + 4 * room_bytes;
 
-    SmallAmx(const Small& s, int64_t t, uint8_t* scratch) : s(s), m(*s.m), pairs(s.table), buffer(scratch), sums((float*)(scratch + 8 * 2048)), room(scratch + 8 * 2048 + 4 * 1024) {
+    SmallAmx(const Small& s, int64_t t, uint8_t* scratch) : s(s), m(*s.m), pairs(s.table), buffer(scratch), sums((float*)(scratch + 8 * 2048)), room(scratch + room_at) {
         for (int i = 0; i < N; i++) p[i] = m.tile(t + i), n[i] = m.tile_rows(t + i);
     }
 
@@ -127,7 +131,7 @@ struct SmallAmx {
             // each tile's own next bytes, and near its end the first ones of the tile N further on
             const int64_t ahead = AHEAD + (step + AHEAD / step_bytes < steps ? 0 : (N - 1) * TILE * m.row_bytes());
             if (step < steps) x = place_x(step);
-            if (step) _tile_loadd(4, before - 64 * slot * s.rows, 64);
+            if (step) HB_TILE_LOAD(4, before - 64 * slot * s.rows, 64);
             if (step) multiply<0>(last);
             if (step < steps) decode<0>(now, ahead);
             if (step) multiply<1>(last + 2048);

@@ -136,11 +136,11 @@ void multiply_int8(const Group* group, int64_t row, const uint8_t* a, int64_t a_
         for (int64_t q = from; q < to; q += step) {
             const int64_t at = q / 16, in = q % 16;
             const uint8_t* x = a + at * BYTES_BLOCK + 4 * in;
-            _tile_loadd(4, x, 64);
-            _tile_loadd(6, b[0][at] + 64 * in, 64);
+            HB_TILE_LOAD(4, x, 64);
+            HB_TILE_LOAD(6, b[0][at] + 64 * in, 64);
             _tile_dpbsud(0, 4, 6);
-            if constexpr (S > 1) { _tile_loadd(7, b[1][at] + 64 * in, 64); _tile_dpbsud(1, 4, 7); }
-            if constexpr (R > 1) { _tile_loadd(5, x + a_next, 64); _tile_dpbsud(2, 5, 6); }
+            if constexpr (S > 1) { HB_TILE_LOAD(7, b[1][at] + 64 * in, 64); _tile_dpbsud(1, 4, 7); }
+            if constexpr (R > 1) { HB_TILE_LOAD(5, x + a_next, 64); _tile_dpbsud(2, 5, 6); }
             if constexpr (R > 1 && S > 1) _tile_dpbsud(3, 5, 7);
         }
         _tile_stored(0, sums, 128);

@@ -158,21 +158,21 @@ void multiply(const uint16_t* a, int64_t a_next, const uint16_t* b, int64_t b_ne
     if (first) {
         _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     } else {
-        _tile_loadd(0, c00, stride);
-        if constexpr (S > 1) _tile_loadd(1, c01, stride);
-        if constexpr (R > 1) _tile_loadd(2, c10, stride);
-        if constexpr (R > 1 && S > 1) _tile_loadd(3, c11, stride);
+        HB_TILE_LOAD(0, c00, stride);
+        if constexpr (S > 1) HB_TILE_LOAD(1, c01, stride);
+        if constexpr (R > 1) HB_TILE_LOAD(2, c10, stride);
+        if constexpr (R > 1 && S > 1) HB_TILE_LOAD(3, c11, stride);
     }
     for (int64_t i = 0; i < steps; i++, a += BLOCK, b += BLOCK) {
         for (int j = 0; j < 16; j++) {
             __builtin_prefetch(b + 2 * BLOCK + 32 * j);
             if (S > 1) __builtin_prefetch(b + b_next + 2 * BLOCK + 32 * j);
         }
-        _tile_loadd(4, a, 64);
-        _tile_loadd(6, b, 64);
+        HB_TILE_LOAD(4, a, 64);
+        HB_TILE_LOAD(6, b, 64);
         _tile_dpbf16ps(0, 4, 6);
-        if constexpr (S > 1) { _tile_loadd(7, b + b_next, 64); _tile_dpbf16ps(1, 4, 7); }
-        if constexpr (R > 1) { _tile_loadd(5, a + a_next, 64); _tile_dpbf16ps(2, 5, 6); }
+        if constexpr (S > 1) { HB_TILE_LOAD(7, b + b_next, 64); _tile_dpbf16ps(1, 4, 7); }
+        if constexpr (R > 1) { HB_TILE_LOAD(5, a + a_next, 64); _tile_dpbf16ps(2, 5, 6); }
         if constexpr (R > 1 && S > 1) _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, c00, stride);

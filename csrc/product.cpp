@@ -13,18 +13,14 @@ enum Slot : int { X = 3, BIAS, SUMS, BASE, X_SCALE };  // of scratch; those belo
 const float* as_floats(Floats v, int64_t n, int slot) {
     if (v.type == Type::f32) return (const float*)v.data;
     float* out = (float*)scratch(slot, (size_t)n * sizeof(float));
-    for (int64_t i = 0; i < n; i++) out[i] = load_float(v.type, v.data, i);
+    isa().to_floats(v.type, v.data, n, out);
     return out;
 }
 
 const float* group_sums(const Matrix& m, Floats x, int rows, float factor, int slot) {
     float* sums = (float*)scratch(slot, (size_t)(rows * m.groups) * sizeof(float));
-    for (int64_t i = 0; i < rows * m.groups; i++) {
-        float total[8] = {};
-        for (int64_t k = 0; k < m.group; k++) total[k % 8] += load_float(x.type, x.data, i * m.group + k);
-        for (int j = 1; j < 8; j++) total[0] += total[j];
-        sums[i] = factor * total[0];
-    }
+    isa().group_sums(x.type, x.data, rows * m.groups, m.group, sums);
+    if (factor != 1) for (int64_t i = 0; i < rows * m.groups; i++) sums[i] *= factor;
     return sums;
 }
 

@@ -58,7 +58,11 @@ if asked := os.environ.get("HALFBYTE_ISA"):
     use(asked)
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_NUMBER = {t: i for i, t in enumerate(DTYPES)}  # as csrc/matrix.h counts them
 _STORED = {**DTYPES, torch.float8_e8m0fnu: "float8_e8m0fnu"}
+
+
+_threads = torch.get_num_threads
 
 
 def missing() -> str | None:
@@ -144,7 +148,8 @@ class Tiled:
             zero=_values(own.parts["zero"]) if "zero" in own.parts else None,
             zero_added=f.zero not in (None, "integer"),
         )
-        self.matrix.tile(False, torch.get_num_threads())
+        self.matrix.tile(False, _threads())
+        self._linear = self.matrix.linear
         self.parts = _leaves(q)  # the QTensor's own tensors, which stand for the new memory from here on
         self.flat = f.flat
         with torch.inference_mode():  # counts no change: the values are the same
@@ -153,7 +158,7 @@ class Tiled:
         self.where = self.parts["codes"].data_ptr()
 
     def restore(self) -> None:
-        self.matrix.tile(True, torch.get_num_threads())
+        self.matrix.tile(True, _threads())
 
     def rows(self, index: Tensor) -> dict[str, Tensor]:
         ids = index.reshape(-1).long().contiguous()
@@ -167,20 +172,15 @@ class Tiled:
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., in) of float32, bfloat16 or float16 on the CPU."""
         x = x.contiguous()
-        y = torch.empty((*x.shape[:-1], self.rows_), dtype=x.dtype)
-        dtype = DTYPES[x.dtype]
+        y = x.new_empty((*x.shape[:-1], self.rows_))
+        b, b_bytes, b_type = 0, 0, 0
         if bias is not None:
             bias = bias.detach().contiguous()
-        self.matrix.linear(
-            (x.data_ptr(), x.nbytes),
-            dtype,
-            x.numel() // self.cols,
-            None if bias is None else (bias.data_ptr(), bias.nbytes),
-            dtype if bias is None else DTYPES[bias.dtype],
-            (y.data_ptr(), y.nbytes),
-            dtype,
-            torch.get_num_threads(),
-        )
+            b, b_bytes, b_type = bias.data_ptr(), bias.nbytes, _NUMBER[bias.dtype]
+        rows = x.numel() // self.cols
+        self._linear(
+            x.data_ptr(), x.nbytes, _NUMBER[x.dtype], rows, b, b_bytes, b_type, y.data_ptr(), y.nbytes, _threads()
+        )  # fmt: skip
         return y
 
     def linear_int8(self, x: QTensor, bias: Tensor | None) -> Tensor | None:
@@ -206,7 +206,7 @@ class Tiled:
             "float32" if bias is None else DTYPES[bias.dtype],
             span(y),
             DTYPES[y.dtype],
-            torch.get_num_threads(),
+            _threads(),
         )
         return y if done else None
 
@@ -216,7 +216,7 @@ class Tiled:
         dx = torch.empty((*dy.shape[:-1], self.cols), dtype=dy.dtype)
         dtype = DTYPES[dy.dtype]
         done = self.matrix.linear_grad(
-            span(dy), dtype, dy.numel() // self.rows_, span(dx), dtype, torch.get_num_threads()
+            span(dy), dtype, dy.numel() // self.rows_, span(dx), dtype, _threads()
         )
         return dx if done else None
 
