@@ -199,6 +199,25 @@ class QTensor:
                 out[prefix + name] = part.view_as(part) if part.requires_grad else part.detach()
         return out
 
+    def leaves(self, prefix: str = "") -> dict[str, Tensor]:
+        """The parts' own tensors, named as `tensors()` names them, in whatever layout they are."""
+        out: dict[str, Tensor] = {}
+        for name, part in self.parts.items():
+            out |= part.leaves(f"{prefix}{name}.") if isinstance(part, QTensor) else {prefix + name: part}
+        return out
+
+    @classmethod
+    def of_leaves(cls, f: Format, shape: tuple[int, ...], dtype: torch.dtype, tensors: dict[str, Tensor]) -> QTensor:
+        """A QTensor of canonical parts, named as `tensors()` names them."""
+        parts: dict[str, Tensor | QTensor] = {}
+        for name, how in (("codes", None), ("scale", f.scale), ("zero", f.zero), ("offset", None)):
+            inner = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
+            if isinstance(how, Format) and inner:
+                parts[name] = cls.of_leaves(how, f.groups(shape), torch.float32, inner)
+            elif name in tensors:
+                parts[name] = tensors[name]
+        return cls(f, shape, dtype, parts)
+
     def with_tensors(self, tensors: dict[str, Tensor], prefix: str = "") -> QTensor:
         """The same QTensor around other tensors, named as `tensors()` names them."""
         parts = {

@@ -6,23 +6,19 @@ one it is and why, `served_by` tells; a call that the fast ones refuse is logged
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from halfbyte.formats import Format, parse
-from halfbyte.kernels import cpu, reference
+from halfbyte.kernels import compiled, cpu, products, reference
 from halfbyte.kernels.search import SEARCHES
 from halfbyte.kernels.search import qparams as _qparams
 from halfbyte.qtensor import QParams, QTensor
 
 __all__ = ["SEARCHES", "dequantize", "fake", "linear", "linear_grad", "qparams", "quantize", "served_by", "using"]
-
-_log = logging.getLogger(__name__)
 
 
 def qparams(w: Tensor, format: str | Format, how: str | None = None, weight: Tensor | None = None) -> QParams:
@@ -57,18 +53,20 @@ def linear(x: Tensor | QTensor, q: QTensor, bias: Tensor | None = None) -> Tenso
     multiplied with q's, in integers, and nothing but the sums is rounded. The first call may lay out q's bytes
     anew (`q.layout`); later ones find them so.
     """
-    if isinstance(x, QTensor):
-        return _linear_int8(x, q, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    if torch.compiler.is_compiling():
+        return compiled.linear(x, q, bias)
+    if (
+        torch.is_grad_enabled()
+        and isinstance(x, Tensor)
+        and (x.requires_grad or (bias is not None and bias.requires_grad))
+    ):
         return _Linear.apply(x, q, bias)  # pyright: ignore[reportReturnType]
-    return _linear(x, q, bias)
+    return products.linear(x, q, bias)
 
 
 def linear_grad(dy: Tensor, q: QTensor) -> Tensor:
     """dy (..., out) times q (out, in): the gradient that `linear` passes to x."""
-    kernel = _tiled(dy, q)
-    dx = None if kernel is None else kernel.linear_grad(dy)
-    return reference.linear_grad(dy, q) if dx is None else dx
+    return products.linear_grad(dy, q)
 
 
 class _Linear(torch.autograd.Function):
@@ -77,49 +75,13 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, q: QTensor, bias: Tensor | None) -> Tensor:
         ctx.q = q
-        return _linear(x, q, bias)
+        return products.linear(x, q, bias)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        dx = linear_grad(dy, ctx.q) if ctx.needs_input_grad[0] else None
+        dx = products.linear_grad(dy, ctx.q) if ctx.needs_input_grad[0] else None
         db = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, db
-
-
-def _linear(x: Tensor, q: QTensor, bias: Tensor | None) -> Tensor:
-    kernel = _tiled(x, q)
-    return reference.linear(x, q, bias) if kernel is None else kernel.linear(x, bias)
-
-
-def _linear_int8(x: QTensor, q: QTensor, bias: Tensor | None) -> Tensor:
-    codes = x.canonical().parts["codes"]
-    assert isinstance(codes, Tensor)
-    kernel = _tiled(codes, q)
-    y = None if kernel is None else kernel.linear_int8(x, bias)
-    if y is not None:
-        return y
-    if kernel is not None:
-        _fall_back(f"no C++ kernel multiplies inputs in {x.format} with {q.format}")
-    return reference.linear(x.dequantize(), q, bias)
-
-
-def _tiled(x: Tensor, q: QTensor) -> cpu.Tiled | None:
-    """The C++ products with q, laying it out if need be; None, and a line in the log, where they refuse."""
-    kernel = q.laid_out
-    if kernel is not None and cpu.on and x.is_cpu and (x.dtype in cpu.DTYPES or x.dtype is torch.uint8):
-        return kernel  # pyright: ignore[reportReturnType]
-    served = x.dtype in cpu.DTYPES or x.dtype is torch.uint8
-    why = cpu.refuses(q) if served or not x.is_cpu else f"the C++ kernels do not multiply {x.dtype}"
-    if why is None:
-        q.laid_out = kernel = cpu.Tiled(q)
-        return kernel
-    _fall_back(why)
-    return None
-
-
-@lru_cache(maxsize=1024)
-def _fall_back(why: str) -> None:
-    _log.warning("torch multiplies with the dequantized weight: %s", why)
 
 
 @contextmanager

@@ -113,7 +113,12 @@ def _refuses_part(q: QTensor, name: str) -> str | None:
     if isinstance(part, Tensor):
         return f"{q.format.name}: no C++ product reads a {name} in {part.dtype}"
     scale = part.parts["scale"]
-    if not isinstance(scale, Tensor) or scale.dtype not in _STORED or "zero" in part.parts or part.format.bits not in (6, 8):
+    if (
+        not isinstance(scale, Tensor)
+        or scale.dtype not in _STORED
+        or "zero" in part.parts
+        or part.format.bits not in (6, 8)
+    ):
         return f"{q.format.name}: no C++ product reads a {name} held as {part.format.name}"
     if part.format.bits == 6 and (part.format.group != 8 or part.shape[-1] % 8):
         return f"{q.format.name} of shape {q.shape}: 6-bit scales are read in eights"
@@ -150,7 +155,7 @@ class Tiled:
         )
         self.matrix.tile(False, _threads())
         self._linear = self.matrix.linear
-        self.parts = _leaves(q)  # the QTensor's own tensors, which stand for the new memory from here on
+        self.parts = q.leaves()  # the QTensor's own tensors, which stand for the new memory from here on
         self.flat = f.flat
         with torch.inference_mode():  # counts no change: the values are the same
             for k, t in self.parts.items():
@@ -215,17 +220,8 @@ class Tiled:
         dy = dy.contiguous()
         dx = torch.empty((*dy.shape[:-1], self.cols), dtype=dy.dtype)
         dtype = DTYPES[dy.dtype]
-        done = self.matrix.linear_grad(
-            span(dy), dtype, dy.numel() // self.rows_, span(dx), dtype, _threads()
-        )
+        done = self.matrix.linear_grad(span(dy), dtype, dy.numel() // self.rows_, span(dx), dtype, _threads())
         return dx if done else None
-
-
-def _leaves(q: QTensor, prefix: str = "") -> dict[str, Tensor]:
-    out: dict[str, Tensor] = {}
-    for name, part in q.parts.items():
-        out |= _leaves(part, f"{prefix}{name}.") if isinstance(part, QTensor) else {prefix + name: part}
-    return out
 
 
 def _values(part: Tensor | QTensor) -> Any:

@@ -1,0 +1,63 @@
+"""Which kernel multiplies: C++ where it serves, else torch with the dequantized weight, and then a line in the log."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels import cpu, reference
+from halfbyte.qtensor import QTensor
+
+_log = logging.getLogger(__name__)
+
+
+def linear(x: Tensor | QTensor, q: QTensor, bias: Tensor | None = None) -> Tensor:
+    """See halfbyte.kernels.linear; without a gradient."""
+    if isinstance(x, QTensor):
+        return _linear_int8(x, q, bias)
+    kernel = tiled(x, q)
+    return reference.linear(x, q, bias) if kernel is None else kernel.linear(x, bias)
+
+
+def linear_grad(dy: Tensor, q: QTensor) -> Tensor:
+    """See halfbyte.kernels.linear_grad."""
+    kernel = tiled(dy, q)
+    dx = None if kernel is None else kernel.linear_grad(dy)
+    return reference.linear_grad(dy, q) if dx is None else dx
+
+
+def _linear_int8(x: QTensor, q: QTensor, bias: Tensor | None) -> Tensor:
+    codes = x.canonical().parts["codes"]
+    assert isinstance(codes, Tensor)
+    kernel = tiled(codes, q)
+    y = None if kernel is None else kernel.linear_int8(x, bias)
+    if y is not None:
+        return y
+    if kernel is not None:
+        _fall_back(f"no C++ kernel multiplies inputs in {x.format} with {q.format}")
+    return reference.linear(x.dequantize(), q, bias)
+
+
+def tiled(x: Tensor, q: QTensor) -> cpu.Tiled | None:
+    """The C++ products with q, laying it out if need be; None, and a line in the log, where they refuse."""
+    kernel = q.laid_out
+    served = x.dtype in cpu.DTYPES or x.dtype is torch.uint8
+    if kernel is not None and cpu.on and served and x.is_cpu:
+        assert isinstance(kernel, cpu.Tiled)
+        return kernel
+    why = cpu.refuses(q) if served or not x.is_cpu else f"the C++ kernels do not multiply {x.dtype}"
+    if why is None and not x.is_cpu:
+        why = f"the input is on {x.device.type}, the weight is not"
+    if why is None:
+        q.laid_out = kernel = cpu.Tiled(q)
+        return kernel
+    _fall_back(why)
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _fall_back(why: str) -> None:
+    _log.warning("torch multiplies with the dequantized weight: %s", why)
