@@ -48,6 +48,7 @@ struct Isa {
     float (*pair_base)(const Matrix&);
     void (*to_floats)(Type, const uint8_t* x, int64_t n, float* out);
     void (*group_sums)(Type, const uint8_t* x, int64_t groups, int64_t group, float* out);
+    void (*dequantize)(const Matrix&, int64_t tile_begin, int64_t tile_end, Type, uint8_t* y);
     void (*small)(const Small&, int64_t tile_begin, int64_t tile_end);
     // Null where there is none, and dequantizing for torch's product serves as well. pack: 16 rows of x (as B: of dy)
     void (*pack)(const uint16_t* x, int64_t rows, int64_t cols, int64_t block, bool as_b, uint16_t* out);

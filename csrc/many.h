@@ -8,6 +8,7 @@
 //     backward   dx' (in, rows)  = A: the matrix, decoded with its columns as rows    B: dy
 #pragma once
 #include "amx.h"
+#include "decode.h"
 #include "isa.h"
 #include "scales.h"
 
@@ -26,33 +27,6 @@ inline I interleaved(F even, F odd) {  // pairs of 16 columns
                                                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     return _mm512_permutexvar_epi16(_mm512_load_si512(order), two_rows(even, odd));
 }
-
-// Calls f(Int<k>, value) with the float32 values of code k of a word, 0 to 7 (or 3), of a tile's rows.
-struct Decode {
-    const Matrix& m;
-    F table;
-    bool subtract, add;
-    F middle;
-    explicit Decode(const Matrix& m) : m(m), subtract(m.has_zero() && !m.zero_added), add(m.zero_added), middle(V::set1(128 - m.middle)) {
-        table = m.bits == 4 ? V::load(m.table) : V::zero();
-    }
-    F value(F code, F scale, F zero) const {
-        if (subtract) code = _mm512_sub_ps(code, zero);
-        code = V::mul(code, scale);
-        return add ? V::add(code, zero) : code;
-    }
-    template <class Each> void word4(I v, F scale, F zero, Each f) const {
-        f(Int<0>{}, value(V::nibble<0>(v, table), scale, zero)), f(Int<2>{}, value(V::nibble<1>(v, table), scale, zero));
-        f(Int<4>{}, value(V::nibble<2>(v, table), scale, zero)), f(Int<6>{}, value(V::nibble<3>(v, table), scale, zero));
-        f(Int<1>{}, value(V::nibble<4>(v, table), scale, zero)), f(Int<3>{}, value(V::nibble<5>(v, table), scale, zero));
-        f(Int<5>{}, value(V::nibble<6>(v, table), scale, zero)), f(Int<7>{}, value(V::nibble<7>(v, table), scale, zero));
-    }
-    template <class Each> void word8(I v, F scale, F zero, Each f) const {
-        v = V::flip(v);
-        f(Int<0>{}, value(V::add(V::byte<0>(v), middle), scale, zero)), f(Int<2>{}, value(V::add(V::byte<1>(v), middle), scale, zero));
-        f(Int<1>{}, value(V::add(V::byte<2>(v), middle), scale, zero)), f(Int<3>{}, value(V::add(V::byte<3>(v), middle), scale, zero));
-    }
-};
 
 // Columns [k0, k1) of tile t as B blocks, one below the other; zeros fill the last.
 template <int BITS>
@@ -111,20 +85,6 @@ void decode_a(const Decode& d, int64_t t, int64_t k0, int64_t k1, const float* s
         else d.word8(v0, s0, z0, keep), d.word8(v1, s1, z1, both);
     }
     for (int64_t k = k1 - k0; k % 16; k++) memset(out + k / 16 * step + k % 16 * 32, 0, 64);
-}
-
-// 16 vectors of 16 lanes of 32 bits, turned.
-inline void transpose(I (&r)[16]) {
-    I t[16];
-    for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 16; i += 8) {
-        for (int j = i; j < i + 4; j++) t[j] = _mm512_shuffle_i32x4(r[j], r[j + 4], 0x88), t[j + 4] = _mm512_shuffle_i32x4(r[j], r[j + 4], 0xdd);
-    }
-    for (int j = 0; j < 8; j++) r[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88), r[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
 }
 
 // Rows [16 i, 16 i + 16) of x (rows, cols) as A blocks, or as B blocks; zeros where there are no more.
@@ -216,18 +176,6 @@ inline void multiply_all(const uint16_t* a, int64_t a_next, int64_t a_blocks, co
             else multiply<1, 1>(ai, a_next, bj, b_next, steps, to, ldc, first);
         }
     }
-}
-
-inline void store_row(Type type, uint8_t* y, int64_t at, const float* c, const float* bias, int64_t n) {
-    int64_t j = 0;
-    for (; j + 16 <= n; j += 16) {
-        F f = V::load(c + j);
-        if (bias) f = V::add(f, V::load(bias + j));
-        if (type == Type::bf16) _mm256_storeu_si256((__m256i*)(y + 2 * (at + j)), (__m256i)_mm512_cvtneps_pbh(f));
-        else if (type == Type::f32) V::store((float*)(y + 4 * (at + j)), f);
-        else _mm256_storeu_si256((__m256i*)(y + 2 * (at + j)), _mm512_cvtps_ph(f, 0));
-    }
-    for (; j < n; j++) store_float(type, y, at + j, c[j] + (bias ? bias[j] : 0));
 }
 
 // How much of the matrix is decoded at a time: BESIDE columns of B (or rows of A) that are DEEP where the product sums.

@@ -127,6 +127,17 @@ struct Handle {
         }
     }
 
+    // Rows [row, row + n), of which the first begins a tile.
+    void dequantize(int64_t row, int64_t n, Span y, const std::string& type, int threads) {
+        if (!m.tiled) throw std::invalid_argument("the matrix is not tiled");
+        if (row < 0 || n < 0 || row % TILE || n > m.rows - row || (n % TILE && row + n < m.rows)) throw std::invalid_argument("rows of whole tiles are dequantized");
+        const Type t = type_of(type);
+        if (t == Type::e8m0) throw std::invalid_argument("no values are stored in float8_e8m0fnu");
+        const Floats to{t, checked(y, product(n, m.cols * size_of(t), "y"), "y")};
+        nb::gil_scoped_release release;
+        halfbyte::dequantize(m, row / TILE, ceil_div(row + n, TILE), to, threads);
+    }
+
     // As linear_int8 and linear_grad below, but all in plain numbers: a small product takes less time than a tuple.
     void multiply(uintptr_t x, int64_t x_bytes, int type, int64_t rows, uintptr_t bias, int64_t bias_bytes, int bias_type, uintptr_t y, int64_t y_bytes, int threads) {
         if (!m.tiled) throw std::invalid_argument("the matrix is not tiled");
@@ -202,6 +213,8 @@ NB_MODULE(_cpu, mod) {
         .def("tile", &Handle::tile, nb::arg("undo"), nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>())
         .def_prop_ro("tiled", [](const Handle& h) { return h.m.tiled; })
         .def("rows", &Handle::rows)
+        .def("multiplies_bfloat16", [](const Handle&) { return isa().forward != nullptr; })
+        .def("dequantize", &Handle::dequantize)
         .def("linear", &Handle::multiply)
         .def("linear_int8", &Handle::multiply_int8)
         .def("linear_grad", &Handle::grad);

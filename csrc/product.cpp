@@ -121,6 +121,11 @@ bool linear_int8(const Matrix& m, const uint8_t* x, Floats x_scale, int64_t x_gr
     return true;
 }
 
+void dequantize(const Matrix& m, int64_t tile_begin, int64_t tile_end, Floats y, int threads) {
+    uint8_t* first = y.data - tile_begin * TILE * m.cols * size_of(y.type);
+    parallel(threads, tile_end - tile_begin, [&](int64_t begin, int64_t end) { isa().dequantize(m, tile_begin + begin, tile_begin + end, y.type, first); });
+}
+
 bool linear_grad(const Matrix& m, Floats dy, int64_t rows, Floats dx, int threads) {
     if (dy.type != Type::bf16 || !isa().backward) return false;
     many(m, dy, rows, nullptr, dx, true, threads);

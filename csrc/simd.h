@@ -23,6 +23,7 @@ struct V {
     static F load(const float* p) { return _mm512_loadu_ps(p); }
     static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
     static F add(F a, F b) { return _mm512_add_ps(a, b); }
+    static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
     static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static I words(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -35,6 +36,15 @@ struct V {
     }
     static F load_f16(const uint8_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
     static F load_bytes(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+    // to nearest, ties to even, by the bits: the instruction for it would flush the smallest to 0. No NaN comes here.
+    static __m256i to_bf16(F f) {
+        const I u = _mm512_castps_si512(f), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+        return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7fff)), 16));
+    }
+    static void store(Type t, uint8_t* p, F f) {
+        if (t == Type::f32) return store((float*)p, f);
+        _mm256_storeu_si256((__m256i*)p, t == Type::bf16 ? to_bf16(f) : _mm512_cvtps_ph(f, 0));
+    }
     static F look_up(const float* table, const uint8_t* p) {
         return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)), table, 4);
     }
@@ -58,6 +68,7 @@ struct V {
     static F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
     static void store(float* p, F x) { _mm256_storeu_ps(p, x.a); _mm256_storeu_ps(p + 8, x.b); }
     static F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+    static F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
     static F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
     static F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
     static I words(const uint8_t* p) { return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))}; }
@@ -88,6 +99,16 @@ struct V {
     static F load_f16(const uint8_t* p) {
         return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 16)))};
     }
+    static __m128i half_to_bf16(__m256 f) {
+        const __m256i u = _mm256_castps_si256(f), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+        const __m256i r = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, odd), _mm256_set1_epi32(0x7fff)), 16);
+        return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+    }
+    static void store(Type t, uint8_t* p, F f) {
+        if (t == Type::f32) return store((float*)p, f);
+        _mm_storeu_si128((__m128i*)p, t == Type::bf16 ? half_to_bf16(f.a) : _mm256_cvtps_ph(f.a, 0));
+        _mm_storeu_si128((__m128i*)(p + 16), t == Type::bf16 ? half_to_bf16(f.b) : _mm256_cvtps_ph(f.b, 0));
+    }
     static __m256i half_bytes(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
     static F load_bytes(const uint8_t* p) { return {_mm256_cvtepi32_ps(half_bytes(p)), _mm256_cvtepi32_ps(half_bytes(p + 8))}; }
     static F look_up(const float* table, const uint8_t* p) {
@@ -117,6 +138,7 @@ struct V {  // loops that any compiler takes, and most make vectors of
     static F load(const float* p) { F r; memcpy(r.x, p, 64); return r; }
     static void store(float* p, F x) { memcpy(p, x.x, 64); }
     static F add(F a, F b) { return each([&](int i) { return a.x[i] + b.x[i]; }); }
+    static F sub(F a, F b) { return each([&](int i) { return a.x[i] - b.x[i]; }); }
     static F mul(F a, F b) { return each([&](int i) { return a.x[i] * b.x[i]; }); }
     static F fma(F a, F b, F c) { return each([&](int i) { return a.x[i] * b.x[i] + c.x[i]; }); }
     static I words(const uint8_t* p) { return words(p, 16); }
@@ -127,6 +149,7 @@ struct V {  // loops that any compiler takes, and most make vectors of
     static F load_bf16(const uint8_t* p) { return each([=](int i) { return load_float(Type::bf16, p, i); }); }
     static F load_f16(const uint8_t* p) { return each([=](int i) { return load_float(Type::f16, p, i); }); }
     static F load_bytes(const uint8_t* p) { return each([=](int i) { return (float)p[i]; }); }
+    static void store(Type t, uint8_t* p, F f) { for (int i = 0; i < 16; i++) store_float(t, p, i, f.x[i]); }
     static F look_up(const float* table, const uint8_t* p) { return each([=](int i) { return table[p[i]]; }); }
     static F gather(const float* p, const int32_t* index) { return each([=](int i) { return p[index[i]]; }); }
     static F six_bits(const uint8_t* low, const uint8_t* high, int n) {

@@ -54,18 +54,22 @@ void small_float(const Small& s, int64_t t, int row, const float* scale, const f
     F total[M];
     for (auto& f : total) f = V::zero();
     for (int64_t g = 0; g < m.groups; g++) {
-        F acc[M][C];
-        for (auto& a : acc) for (auto& f : a) f = V::zero();
-        for (int64_t w = 0; w < words; w++, p += 4 * n, x += 32 / BITS) {
-            prefetch(p);
-            const I v = n == TILE ? V::words(p) : V::words(p, n);
-            if constexpr (BITS == 4) add_word4<M, C>(v, table, x, m.cols, acc);
-            else add_word8<M, C>(V::flip(v), x, m.cols, acc);
+        F sum[M];
+        for (auto& f : sum) f = V::zero();
+        for (int64_t done = 0; done < words;) {  // sums of sums, as torch's product has them: long ones round more
+            F acc[M][C];
+            for (auto& a : acc) for (auto& f : a) f = V::zero();
+            for (const int64_t stop = least(words, done + 4 * BITS); done < stop; done++, p += 4 * n, x += 32 / BITS) {
+                prefetch(p);
+                const I v = n == TILE ? V::words(p) : V::words(p, n);
+                if constexpr (BITS == 4) add_word4<M, C>(v, table, x, m.cols, acc);
+                else add_word8<M, C>(V::flip(v), x, m.cols, acc);
+            }
+            for (int i = 0; i < M; i++) for (int c = 0; c < C; c++) sum[i] = V::add(sum[i], acc[i][c]);
         }
         const F sc = V::load(scale + g * TILE);
         for (int i = 0; i < M; i++) {
-            for (int c = 1; c < C; c++) acc[i][0] = V::add(acc[i][0], acc[i][c]);
-            total[i] = V::fma(sc, acc[i][0], total[i]);
+            total[i] = V::fma(sc, sum[i], total[i]);
             if (shift) total[i] = V::fma(V::load(shift + g * TILE), V::set1(s.sums[(row + i) * m.groups + g]), total[i]);
         }
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -59,6 +61,7 @@ if asked := os.environ.get("HALFBYTE_ISA"):
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _NUMBER = {t: i for i, t in enumerate(DTYPES)}  # as csrc/matrix.h counts them
+_FEW, _AT_A_TIME = 16, 1 << 24  # rows of x that are multiplied without dequantizing first; values dequantized at a time
 _STORED = {**DTYPES, torch.float8_e8m0fnu: "float8_e8m0fnu"}
 
 
@@ -183,10 +186,37 @@ class Tiled:
             bias = bias.detach().contiguous()
             b, b_bytes, b_type = bias.data_ptr(), bias.nbytes, _NUMBER[bias.dtype]
         rows = x.numel() // self.cols
+        if rows > _FEW and not (x.dtype is torch.bfloat16 and self.matrix.multiplies_bfloat16()):
+            return self._by_torch(x, y, bias)
         self._linear(
             x.data_ptr(), x.nbytes, _NUMBER[x.dtype], rows, b, b_bytes, b_type, y.data_ptr(), y.nbytes, _threads()
         )  # fmt: skip
         return y
+
+    def _by_torch(self, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+        """torch's product with the dequantized weight, some rows of it at a time."""
+        x2, y2 = x.view(-1, self.cols), y.view(-1, self.rows_)
+        for row, w in self._dequantized(x.dtype):
+            part = None if bias is None else bias[row : row + len(w)].to(x.dtype)
+            if len(w) == self.rows_:
+                return torch.nn.functional.linear(x2, w, part).view(y.shape)
+            y2[:, row : row + len(w)] = torch.nn.functional.linear(x2, w, part)
+        return y
+
+    def _dequantized(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        """First row and values of parts of the matrix, all in one buffer: use one before asking for the next."""
+        step = max(16, _AT_A_TIME // self.cols // 16 * 16)
+        for row in range(0, self.rows_, step):
+            n = min(step, self.rows_ - row)
+            w = _buffer(n * self.cols, dtype).view(n, self.cols)
+            self.matrix.dequantize(row, n, span(w), DTYPES[dtype], _threads())
+            yield row, w
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """(out, in) in float32, bfloat16 or float16."""
+        w = torch.empty((self.rows_, self.cols), dtype=dtype)
+        self.matrix.dequantize(0, self.rows_, span(w), DTYPES[dtype], _threads())
+        return w
 
     def linear_int8(self, x: QTensor, bias: Tensor | None) -> Tensor | None:
         """x (..., in) in symmetric 8-bit integers with a scale a row, or a group of a row; y in its source's dtype.
@@ -215,13 +245,29 @@ class Tiled:
         )
         return y if done else None
 
-    def linear_grad(self, dy: Tensor) -> Tensor | None:
-        """dy (..., out) of bfloat16; None where dequantizing serves better."""
+    def linear_grad(self, dy: Tensor) -> Tensor:
+        """dy (..., out) of float32, bfloat16 or float16 on the CPU."""
         dy = dy.contiguous()
-        dx = torch.empty((*dy.shape[:-1], self.cols), dtype=dy.dtype)
+        dx = dy.new_empty((*dy.shape[:-1], self.cols))
         dtype = DTYPES[dy.dtype]
-        done = self.matrix.linear_grad(span(dy), dtype, dy.numel() // self.rows_, span(dx), dtype, _threads())
-        return dx if done else None
+        if self.matrix.linear_grad(span(dy), dtype, dy.numel() // self.rows_, span(dx), dtype, _threads()):
+            return dx
+        dy2, dx2 = dy.view(-1, self.rows_), dx.view(-1, self.cols)
+        for row, w in self._dequantized(dy.dtype):
+            part = dy2[:, row : row + len(w)]
+            torch.mm(part, w, out=dx2) if row == 0 else dx2.addmm_(part, w)
+        return dx
+
+
+_local = threading.local()
+
+
+def _buffer(n: int, dtype: torch.dtype) -> Tensor:
+    """n values of memory that this thread's next call uses again: fresh pages would cost more than what fills them."""
+    held: dict[torch.dtype, Tensor] = _local.__dict__.setdefault("held", {})
+    if dtype not in held or held[dtype].numel() < n:
+        held[dtype] = torch.empty(n, dtype=dtype)
+    return held[dtype][:n]
 
 
 def _values(part: Tensor | QTensor) -> Any:

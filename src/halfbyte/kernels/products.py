@@ -25,8 +25,7 @@ def linear(x: Tensor | QTensor, q: QTensor, bias: Tensor | None = None) -> Tenso
 def linear_grad(dy: Tensor, q: QTensor) -> Tensor:
     """See halfbyte.kernels.linear_grad."""
     kernel = tiled(dy, q)
-    dx = None if kernel is None else kernel.linear_grad(dy)
-    return reference.linear_grad(dy, q) if dx is None else dx
+    return reference.linear_grad(dy, q) if kernel is None else kernel.linear_grad(dy)
 
 
 def _linear_int8(x: QTensor, q: QTensor, bias: Tensor | None) -> Tensor:
