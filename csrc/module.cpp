@@ -75,7 +75,7 @@ struct Handle {
     Part scale, zero;
 
     Handle(int64_t rows, int64_t cols, int bits, int64_t group, Span codes_, const std::vector<float>& table, std::optional<float> middle, Part scale_,
-           std::optional<Part> zero_, bool zero_added) {
+           std::optional<Part> zero_, bool zero_added, bool tiled) {
         if (bits != 4 && bits != 8) throw std::invalid_argument("the tiled layout holds codes of 4 or 8 bits");
         if (rows < 0 || cols < 1 || group < 1 || cols % group || cols * bits % 32 || group * bits % 32)
             throw std::invalid_argument("a tiled row holds whole groups of whole words");
@@ -92,7 +92,7 @@ struct Handle {
         }
         for (const Part* p : {&scale, &zero})
             if (p->v.kind == Values::nested && p->v.bits == 6 && (m.groups % 8 || p->v.inner_group != 8)) throw std::invalid_argument("six-bit scales come in eights");
-        m.scale = scale.v, m.zero = zero.v;
+        m.scale = scale.v, m.zero = zero.v, m.tiled = tiled;
     }
 
     void tile(bool undo, int threads) {
@@ -207,9 +207,10 @@ NB_MODULE(_cpu, mod) {
         });
 
     nb::class_<Handle>(mod, "Matrix")
-        .def(nb::init<int64_t, int64_t, int, int64_t, Span, const std::vector<float>&, std::optional<float>, Part, std::optional<Part>, bool>(),
+        .def(nb::init<int64_t, int64_t, int, int64_t, Span, const std::vector<float>&, std::optional<float>, Part, std::optional<Part>, bool, bool>(),
              nb::arg("rows"), nb::arg("cols"), nb::arg("bits"), nb::arg("group"), nb::arg("codes"), nb::arg("table"), nb::arg("middle").none(),
-             nb::arg("scale"), nb::arg("zero").none(), nb::arg("zero_added"))
+             nb::arg("scale"), nb::arg("zero").none(), nb::arg("zero_added"),
+             nb::arg("tiled"))
         .def("tile", &Handle::tile, nb::arg("undo"), nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>())
         .def_prop_ro("tiled", [](const Handle& h) { return h.m.tiled; })
         .def("rows", &Handle::rows)

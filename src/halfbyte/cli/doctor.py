@@ -42,7 +42,7 @@ def command(json: Json = False) -> None:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.cuda.is_available(),
         "packages": {p: of(p) for p in _WANTED},
-        "kernels": kernels.served_by(),
+        "kernels": kernels.machine() | kernels.served_by(),
         "readers": {f"{p} ({what})": of(p) for p, what in _READERS.items()},
         "offline": os.environ.get("HF_HUB_OFFLINE", "0") == "1",
     }

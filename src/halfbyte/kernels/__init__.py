@@ -18,7 +18,7 @@ from halfbyte.kernels.search import SEARCHES
 from halfbyte.kernels.search import qparams as _qparams
 from halfbyte.qtensor import QParams, QTensor
 
-__all__ = ["SEARCHES", "dequantize", "fake", "linear", "linear_grad", "qparams", "quantize", "served_by", "using"]
+__all__ = ["SEARCHES", "dequantize", "fake", "linear", "linear_grad", "machine", "qparams", "quantize", "served_by", "using"]
 
 
 def qparams(w: Tensor, format: str | Format, how: str | None = None, weight: Tensor | None = None) -> QParams:
@@ -95,11 +95,23 @@ def using(isa: str) -> Iterator[None]:
         cpu.use(before)
 
 
-def served_by() -> dict[str, str]:
-    """Which kernel serves each job, and why no faster one does."""
-    why = cpu.missing()
-    torch_only = "reference (torch)" + (f": {why}" if why else "")
-    jobs = dict.fromkeys(("quantize", "dequantize", "fake", "linear", "linear_grad"), torch_only)
+def served_by(q: QTensor | None = None) -> dict[str, str]:
+    """Which kernel serves each job, and why a faster one does not: in general, or for products with q."""
+    why = cpu.missing() if q is None else cpu.refuses(q)
+    fast = f"C++ ({cpu.isa()})"
+    products = "torch, with the weight dequantized" + (f": {why}" if why else "")
     if why is None:
-        ...
-    return jobs
+        products = fast if q is not None else f"{fast}: {cpu.SERVES}; others: {products}"
+    return {
+        "quantize": "torch",
+        "dequantize": "torch",
+        "fake": "torch",
+        "linear": products,
+        "linear_grad": products,
+    }
+
+
+def machine() -> dict[str, str]:
+    """What the kernels run on: the instruction set in use, those that could be, and whose threads."""
+    threads = cpu.thread_source()
+    return {"instruction_set": cpu.isa(), "choices (HALFBYTE_ISA)": ", ".join(cpu.isas()), "threads": threads}

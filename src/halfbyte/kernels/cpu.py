@@ -54,6 +54,12 @@ def isas() -> list[str]:
     return [*(_cpu.isas() if _cpu is not None else []), "reference"]
 
 
+def thread_source() -> str:
+    """Whose threads the kernels run on."""
+    return _cpu.thread_source() if _cpu is not None else "torch's"
+
+
+SERVES = "4-bit integers and tables, 8-bit integers"
 _MISSING = "the C++ kernels were not built, since there was no compiler when halfbyte was installed"
 
 if asked := os.environ.get("HALFBYTE_ISA"):
@@ -140,30 +146,36 @@ class Tiled:
     def __init__(self, q: QTensor) -> None:
         if (why := refuses(q)) is not None:
             raise InputError(f"{why}.")
-        f = q.format
         self.rows_, self.cols = q.shape
-        fresh = {k: t.detach().clone(memory_format=torch.contiguous_format) for k, t in q.tensors().items()}
-        own = q.with_tensors(fresh)
+        self.parts = q.leaves()  # the QTensor's own tensors, which stand for new memory from here on
+        with torch.inference_mode():  # counts no change: the values are the same
+            for t in self.parts.values():
+                t.set_(t.detach().clone(memory_format=torch.contiguous_format))
+        self._bind(q, tiled=False)
+        self.matrix.tile(False, _threads())
+
+    def _bind(self, q: QTensor, tiled: bool) -> None:
+        f = q.format
         self.matrix = _cpu.Matrix(
             rows=self.rows_,
             cols=self.cols,
             bits=f.bits,
             group=_group(q),
-            codes=span(fresh["codes"]),
+            codes=span(self.parts["codes"]),
             table=_table(f),
             middle=float(f.grid.middle) if isinstance(f.grid, Integers) else None,
-            scale=_values(own.parts["scale"]),
-            zero=_values(own.parts["zero"]) if "zero" in own.parts else None,
+            scale=_values(q.parts["scale"]),
+            zero=_values(q.parts["zero"]) if "zero" in q.parts else None,
             zero_added=f.zero not in (None, "integer"),
+            tiled=tiled,
         )
-        self.matrix.tile(False, _threads())
         self._linear = self.matrix.linear
-        self.parts = q.leaves()  # the QTensor's own tensors, which stand for the new memory from here on
-        self.flat = f.flat
-        with torch.inference_mode():  # counts no change: the values are the same
-            for k, t in self.parts.items():
-                t.set_(fresh[k].reshape(t.shape))
-        self.where = self.parts["codes"].data_ptr()
+        self._codes, self._where = self.parts["codes"], self.parts["codes"].data_ptr()
+
+    def follow(self, q: QTensor) -> None:
+        """Looks where the parts are, should their memory have moved (`share_memory_` does that)."""
+        if self._codes.data_ptr() != self._where:
+            self._bind(q, tiled=True)
 
     def restore(self) -> None:
         self.matrix.tile(True, _threads())

@@ -46,6 +46,7 @@ def tiled(x: Tensor, q: QTensor) -> cpu.Tiled | None:
     served = x.dtype in cpu.DTYPES or x.dtype is torch.uint8
     if kernel is not None and cpu.on and served and x.is_cpu:
         assert isinstance(kernel, cpu.Tiled)
+        kernel.follow(q)
         return kernel
     why = cpu.refuses(q) if served or not x.is_cpu else f"the C++ kernels do not multiply {x.dtype}"
     if why is None and not x.is_cpu:
