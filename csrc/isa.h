@@ -11,6 +11,10 @@ struct Small {  // a product with few rows of x, as its threads see it
     const uint16_t* x16 = nullptr;  // the same in bfloat16, if it came so
     const float* sums = nullptr;    // (rows, groups): of x over each group; null without zero points
     const float* base = nullptr;    // (rows, groups): what the codes' base (Isa::pair_base) made of x, to be added back
+    int planes = 0;                 // digits of each number of x, see digits.h; 0: it is not split
+    const int8_t* digits = nullptr;  // (rows, planes, cols)
+    const int32_t* digit_sums = nullptr;  // (rows, planes, groups): of digits over each group, times minus the middle
+    const float* unit = nullptr;          // (rows): worth of the lowest digits
     float center = 0;
     float table[TILE] = {};         // value by code of 4 bits, less the center
     const float* bias = nullptr;    // float32, or null
@@ -49,6 +53,7 @@ struct Isa {
     void (*to_floats)(Type, const uint8_t* x, int64_t n, float* out);
     void (*group_sums)(Type, const uint8_t* x, int64_t groups, int64_t group, float* out);
     void (*dequantize)(const Matrix&, int64_t tile_begin, int64_t tile_end, Type, uint8_t* y);
+    float (*split_row)(const Matrix&, const float* x, int planes, int8_t* digits, int32_t* sums);  // null where there are no digits
     void (*small)(const Small&, int64_t tile_begin, int64_t tile_end);
     // Null where there is none, and dequantizing for torch's product serves as well. pack: 16 rows of x (as B: of dy)
     void (*pack)(const uint16_t* x, int64_t rows, int64_t cols, int64_t block, bool as_b, uint16_t* out);

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t FEW = 8;  // rows of x up to which reading the codes decides
 
-enum Slot : int { X = 3, BIAS, SUMS, BASE, X_SCALE };  // of scratch; those below belong to the kernels
+enum Slot : int { X = 3, BIAS, SUMS, BASE, X_SCALE, DIGITS = X_SCALE };  // of scratch; those below belong to the kernels
 
 const float* as_floats(Floats v, int64_t n, int slot) {
     if (v.type == Type::f32) return (const float*)v.data;
@@ -24,25 +24,52 @@ const float* group_sums(const Matrix& m, Floats x, int rows, float factor, int s
     return sums;
 }
 
+// Whether digits serve these rows: small groups cost time for each row's digits, so that few rows must share them.
+bool splits(const Matrix& m, Floats x, int rows) {
+    if (!isa().split_row || !m.integers || m.group % 32 || m.cols > 65536) return false;
+    return rows == 1 || m.group >= 256 || (x.type == Type::f32 ? rows <= 2 || m.group >= 128 : rows <= 4 && m.group >= 128);
+}
+
+// Gives false, and changes nothing, if x is not finite.
+bool split_rows(const Matrix& m, Small& s, int planes) {
+    const int64_t digits_size = s.rows * planes * m.cols, sums_size = s.rows * planes * m.groups * 4;
+    uint8_t* memory = scratch(DIGITS, (size_t)(ceil_div(digits_size, 64) * 64 + sums_size) + FEW * sizeof(float));
+    int8_t* digits = (int8_t*)memory;
+    int32_t* sums = (int32_t*)(memory + ceil_div(digits_size, 64) * 64);
+    float* unit = (float*)((uint8_t*)sums + sums_size);
+    for (int r = 0; r < s.rows; r++) {
+        unit[r] = isa().split_row(m, s.x + r * m.cols, planes, digits + r * planes * m.cols, sums + r * planes * m.groups);
+        if (unit[r] < 0) return false;
+    }
+    s.planes = planes, s.digits = digits, s.digit_sums = sums, s.unit = unit;
+    return true;
+}
+
 void few(const Matrix& m, Floats x, int rows, const float* bias, Floats y, int threads) {
     Small s;
     s.m = &m;
     s.rows = rows;
-    const bool pairs = x.type == Type::bf16 && isa().pair_base;
-    if (pairs) s.x16 = (const uint16_t*)x.data;
-    else s.x = as_floats(x, rows * m.cols, X);
+    const Isa& use = isa();
     // codes are multiplied less a center: the middle of their range where zero points move them anyway
-    const float middle = (float)(1 << (m.bits - 1));
-    if (m.integers) s.center = middle - m.middle;
-    const Floats from = s.x ? Floats{Type::f32, (uint8_t*)s.x} : x;
-    if (m.has_zero()) s.sums = group_sums(m, from, rows, 1, SUMS);
-    if (pairs && isa().pair_base(m) != 0) s.base = group_sums(m, from, rows, -isa().pair_base(m), BASE);
+    if (m.integers) s.center = (float)(1 << (m.bits - 1)) - m.middle;
+    bool split = false;
+    if (splits(m, x, rows)) {
+        s.x = as_floats(x, rows * m.cols, X);
+        split = split_rows(m, s, x.type == Type::f32 ? 4 : 3);
+    }
+    if (!split && x.type == Type::bf16 && use.pair_base) {
+        s.x16 = (const uint16_t*)x.data, s.x = nullptr;
+        if (use.pair_base(m) != 0) s.base = group_sums(m, x, rows, -use.pair_base(m), BASE);
+    } else if (!s.x) {
+        s.x = as_floats(x, rows * m.cols, X);
+    }
+    if (m.has_zero()) s.sums = group_sums(m, x, rows, 1, SUMS);
     for (int c = 0; c < TILE && m.bits == 4; c++) s.table[c] = m.table[c] - s.center;
     s.bias = bias;
     s.type = y.type;
     s.y = y.data;
     s.ldy = m.rows;
-    parallel(threads, m.tiles(), [&](int64_t begin, int64_t end) { isa().small(s, begin, end); });
+    parallel(threads, m.tiles(), [&](int64_t begin, int64_t end) { use.small(s, begin, end); });
 }
 
 constexpr int64_t AT_A_TIME = 512, SHALLOW = 4096;  // rows: what one decoding serves, and what scratch must hold

@@ -174,6 +174,12 @@ template <int n> struct Int { static constexpr int value = n; };
 using F = V::F;
 using I = V::I;
 
+#if defined(__AVX512F__)
+inline F load_some(const float* p, int64_t n) {  // sixteen, or zeros where there are no more
+    return n >= TILE ? V::load(p) : _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+}
+#endif
+
 inline void store_floats(Type t, uint8_t* p, int64_t i, const float* x, int n) {
     for (int r = 0; r < n; r++) store_float(t, p, i + r, x[r]);
 }
