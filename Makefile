@@ -26,6 +26,15 @@ bench: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/kernels --json bench.json $(BENCH)
 
+# The kernels' tests on a build that stops at every access outside its memory.
+sanitize: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt nanobind cmake ninja
+	$(BIN)/cmake -G Ninja -S . -B build/sanitize -DHALFBYTE_SANITIZE=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	$(BIN)/cmake --build build/sanitize
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 HALFBYTE_SANITIZED=$$(ls build/sanitize/_cpu*.so) \
+	$(BIN)/python -m pytest -p tests.sanitized tests/kernels -k "not environment and not compiled"
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

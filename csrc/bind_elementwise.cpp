@@ -1,0 +1,197 @@
+// The boundary of the element-wise kernels: formats' grids, and buffers with their sizes.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cmath>
+#include <memory>
+
+#include "boundary.h"
+#include "elementwise.h"
+
+namespace nb = nanobind;
+
+namespace halfbyte {
+namespace {
+
+using Typed = std::pair<std::string, Span>;  // dtype, memory
+
+struct GridHandle {
+    Grid g;
+    std::unique_ptr<uint8_t[]> lattice;  // what g.lattice points to, wherever the handle is moved
+};
+
+Grid::Zero zero_of(const std::optional<std::string>& name) {
+    if (!name) return Grid::none;
+    return *name == "integer" ? Grid::integer : Grid::added;
+}
+
+Grid grid_of(Grid::Kind kind, int bits, const std::vector<float>& values, const std::optional<std::string>& zero) {
+    if (bits < 1 || bits > 8) throw std::invalid_argument("codes have 1 to 8 bits");
+    Grid g;
+    g.kind = kind, g.bits = bits, g.zero = zero_of(zero);
+    if (kind != Grid::integers && g.zero == Grid::integer) throw std::invalid_argument("only integers have an integer zero point");
+    if (values.size() > (size_t)1 << bits) throw std::invalid_argument("more values than codes");
+    fill(g.values, values, values.size());
+    return g;
+}
+
+GridHandle integers(int bits, float middle, const std::vector<float>& values, const std::optional<std::string>& zero) {
+    GridHandle h{grid_of(Grid::integers, bits, values, zero), {}};
+    h.g.middle = middle, h.g.top = (float)((1 << bits) - 1);
+    return h;
+}
+
+GridHandle float8(int mantissa, float largest, const std::vector<float>& values, const std::optional<std::string>& zero) {
+    if (mantissa != 2 && mantissa != 3) throw std::invalid_argument("floats of 8 bits have 2 or 3 bits of mantissa");
+    GridHandle h{grid_of(Grid::float8, 8, values, zero), {}};
+    h.g.mantissa = mantissa, h.g.low = -largest, h.g.high = largest;
+    return h;
+}
+
+GridHandle table(int bits, float low, float high, const std::vector<float>& values, const std::vector<float>& bounds,
+                 const std::vector<uint8_t>& order, Span lattice, const std::optional<std::string>& zero) {
+    GridHandle h{grid_of(Grid::table, bits, values, zero), {}};
+    Grid& g = h.g;
+    if (order.empty() || order.size() > 256 || bounds.size() + 1 != order.size())
+        throw std::invalid_argument("a table has a bound between each two codes of its order");
+    g.low = low, g.high = high;
+    g.steps = order.size() <= 16 ? 4 : 8;
+    for (int i = 0; i < 256; i++) {
+        const size_t k = (size_t)i;
+        g.bounds[i] = k < bounds.size() ? bounds[k] : INFINITY;
+        g.order[i] = order[k < order.size() ? k : order.size() - 1];
+        if (g.order[i] >> bits) throw std::invalid_argument("a code of more bits than there are");
+    }
+    make_cells(g);
+    if (lattice.second) {
+        const uint8_t* p = checked(lattice, LATTICE, "the lattice");
+        h.lattice = std::make_unique<uint8_t[]>(LATTICE);
+        memcpy(h.lattice.get(), p, LATTICE);
+        for (int64_t i = 0; i < LATTICE; i++) if (p[i] >> bits) throw std::invalid_argument("a code of more bits than there are");
+        g.lattice = h.lattice.get();
+    }
+    return h;
+}
+
+Values part(const Typed& t, int64_t n, const char* what) {
+    Values v;
+    v.kind = t.first == "uint8" ? Values::bytes : Values::floats;
+    if (v.kind == Values::floats) v.type = type_of(t.first);
+    v.data = checked(t.second, n * size_of(v.kind == Values::bytes ? Type::e8m0 : v.type), what);
+    return v;
+}
+
+Type element_type(const std::string& name) {
+    const Type t = type_of(name);
+    if (t == Type::e8m0) throw std::invalid_argument("no kernel rounds " + name);
+    return t;
+}
+
+struct Shape {  // of a tensor, checked
+    int64_t rows, cols, n, groups;
+    Shape(int64_t rows, int64_t cols, int64_t group) : rows(rows), cols(cols), n(product(rows, cols, "the tensor")), groups(0) {
+        if (group < 1) throw std::invalid_argument("a group must hold something");
+        groups = ceil_div(n, least(group, n + 1));
+    }
+};
+
+Elements elements(const GridHandle& h, const Shape& s, int64_t group, const std::string& type) {
+    Elements e;
+    e.grid = &h.g;
+    e.rows = s.n ? s.rows : 0, e.cols = s.n ? s.cols : 0, e.group = least(group, s.n + 1), e.type = element_type(type);
+    return e;
+}
+
+void set_zero(Elements& e, const std::optional<Typed>& zero, int64_t groups) {
+    if (zero.has_value() != (e.grid->zero != Grid::none))
+        throw std::invalid_argument("a zero point where the format has none, or none where it has one");
+    if (zero) e.zero = part(*zero, groups, "the zero point");
+}
+
+int64_t code_bytes(const GridHandle& h, const Shape& s) { return product(s.rows, ceil_div(product(s.cols, h.g.bits, "a row"), 8), "the codes"); }
+
+void bind_quantize(const GridHandle& h, int64_t rows, int64_t cols, int64_t group, const Typed& x, const Typed& scale,
+                   const std::optional<Typed>& zero, Span codes, int threads) {
+    const Shape s(rows, cols, group);
+    Elements e = elements(h, s, group, x.first);
+    e.x = checked(x.second, s.n * size_of(e.type), "the tensor");
+    e.divisor = part(scale, s.groups, "the scale");
+    set_zero(e, zero, s.groups);
+    e.codes_out = checked(codes, code_bytes(h, s), "the codes");
+    nb::gil_scoped_release release;
+    quantize(e, threads);
+}
+
+void bind_dequantize(const GridHandle& h, int64_t rows, int64_t cols, int64_t group, Span codes, const Typed& scale,
+                     const std::optional<Typed>& zero, std::optional<float> offset, const Typed& out, int threads) {
+    const Shape s(rows, cols, group);
+    Elements e = elements(h, s, group, out.first);
+    e.codes = checked(codes, code_bytes(h, s), "the codes");
+    e.scale = part(scale, s.groups, "the scale");
+    set_zero(e, zero, s.groups);
+    e.has_offset = offset.has_value(), e.offset = offset.value_or(0);
+    e.out = checked(out.second, s.n * size_of(e.type), "the output");
+    nb::gil_scoped_release release;
+    dequantize(e, threads);
+}
+
+void bind_fake(const GridHandle& h, int64_t n, int64_t group, const Typed& x, const Typed& divisor, const Typed& scale,
+               const std::optional<Typed>& zero, Span out, std::optional<Span> mask, int threads) {
+    const Shape s(1, n, group);
+    Elements e = elements(h, s, group, x.first);
+    e.x = checked(x.second, n * size_of(e.type), "the tensor");
+    e.divisor = part(divisor, s.groups, "the scale");
+    e.scale = part(scale, s.groups, "the scale");
+    set_zero(e, zero, s.groups);
+    e.out = checked(out, n * size_of(e.type), "the output");
+    if (mask) e.mask = checked(*mask, ceil_div(n, 8), "the mask");
+    nb::gil_scoped_release release;
+    fake(e, threads);
+}
+
+void bind_fake_grad(int64_t n, const Typed& grad, Span mask, Span out, int threads) {
+    const Shape s(1, n, 1);
+    const GridHandle none;
+    Elements e = elements(none, s, 1, grad.first);
+    e.x = checked(grad.second, n * size_of(e.type), "the gradient");
+    e.mask_in = checked(mask, ceil_div(n, 8), "the mask");
+    e.out = checked(out, n * size_of(e.type), "the output");
+    nb::gil_scoped_release release;
+    fake_grad(e, threads);
+}
+
+bool bind_search(const std::string& how, int64_t n, int64_t group, const Typed& x, float side, bool widen, bool keep_zero, Span scale,
+                 const std::optional<std::string>& zero, std::optional<Span> zero_out, int threads) {
+    const Shape shape(1, n, group);
+    Search s;
+    s.how = how == "extreme" ? Search::extreme : how == "magnitude" ? Search::magnitude : Search::range;
+    if (s.how == Search::range && how != "range") throw std::invalid_argument("no such range: " + how);
+    if ((s.how == Search::range) != zero_out.has_value() || zero.has_value() != zero_out.has_value())
+        throw std::invalid_argument("a range has a zero point, and nothing else has");
+    s.type = element_type(x.first), s.x = checked(x.second, n * size_of(s.type), "the tensor");
+    s.n = n, s.group = least(group, n + 1), s.side = side, s.widen = widen, s.zero = zero_of(zero), s.keep_zero = keep_zero;
+    s.scale = (float*)checked(scale, shape.groups * 4, "the scale");
+    if (zero_out) s.zero_out = (float*)checked(*zero_out, shape.groups * 4, "the zero point");
+    nb::gil_scoped_release release;
+    return n == 0 || search(s, threads);
+}
+
+}  // namespace
+
+void bind_elementwise(nb::module_& mod) {
+    nb::class_<GridHandle>(mod, "Grid")
+        .def_static("integers", &integers, nb::arg("bits"), nb::arg("middle"), nb::arg("values"), nb::arg("zero").none())
+        .def_static("float8", &float8, nb::arg("mantissa"), nb::arg("largest"), nb::arg("values"), nb::arg("zero").none())
+        .def_static("table", &table, nb::arg("bits"), nb::arg("low"), nb::arg("high"), nb::arg("values"), nb::arg("bounds"), nb::arg("order"),
+                    nb::arg("lattice"), nb::arg("zero").none());
+    mod.def("quantize", &bind_quantize);
+    mod.def("dequantize", &bind_dequantize);
+    mod.def("fake", &bind_fake);
+    mod.def("fake_grad", &bind_fake_grad);
+    mod.def("search", &bind_search);
+}
+
+}  // namespace halfbyte
