@@ -98,7 +98,7 @@ struct SmallAmx {
         return to;
     }
     // Adds up `count` groups from g, whose sums stood one below the other in tile T's register.
-    template <int T> void add(int64_t g, int64_t count, const float* scale, const float* shift, F* total) const {
+    template <int T> void add(int64_t g, int64_t count, const float* scale, const float* shift, F* total, const uint8_t* warm) const {
         if constexpr (T < N) {
             const float* c = sums + T * 256;
             total += T * s.rows, scale += (T * m.groups + g) * TILE, shift += (T * m.groups + g) * TILE;
@@ -106,6 +106,7 @@ struct SmallAmx {
             for (int r = 0; r < s.rows; r++) {
                 F sum = total[r];
                 for (int64_t i = 0; i < count; i++) {
+                    __builtin_prefetch(warm + 64 * i);
                     F f = V::load(c + (i * s.rows + r) * TILE);
                     if (base) f = V::add(f, V::set1(base[r * m.groups + i]));
                     sum = V::fma(V::load(scale + i * TILE), f, sum);
@@ -130,8 +131,8 @@ struct SmallAmx {
         const int64_t steps = m.cols / 32, per_group = m.group / 32, slots = 16 / s.rows;
         int64_t slot = 0, in_group = 0, done = 0, waiting = 0;
         const auto add_waiting = [&] {
-            add<0>(done, waiting, scale, shift, total), add<1>(done, waiting, scale, shift, total);
-            add<2>(done, waiting, scale, shift, total), add<3>(done, waiting, scale, shift, total);
+            add<0>(done, waiting, scale, shift, total, p0 + AHEAD), add<1>(done, waiting, scale, shift, total, p1 + AHEAD);
+            add<2>(done, waiting, scale, shift, total, p2 + AHEAD), add<3>(done, waiting, scale, shift, total, p3 + AHEAD);
             done += waiting, waiting = 0;
         };
         const auto after = [&](bool last) {  // a step was multiplied. Sums are read a step after they were stored, too

@@ -55,7 +55,7 @@ inline float split_row(const Matrix& m, const float* x, int planes, int8_t* out,
 }
 
 // Sums of N tiles side by side; see SmallAmx, of which this is the integers' twin.
-template <int BITS, int N, bool FULL>
+template <int BITS, int PLANES, int N, bool FULL>
 struct SmallDigits {
     static constexpr int64_t BUFFER = 1024, ROOM = 32 * 64;
     static constexpr int64_t SUMS_AT = 8 * BUFFER, ROOM_AT = SUMS_AT + 4 * 1024, SCRATCH = ROOM_AT + 4 * ROOM;
@@ -70,7 +70,7 @@ struct SmallDigits {
     uint8_t* room;
 
     SmallDigits(const Small& s, int64_t t, int row, int rows, uint8_t* scratch)
-        : s(s), m(*s.m), row(row), rows(rows), lines(rows * s.planes), deep(m.group % 64 ? 8 : 16), sums((int32_t*)(scratch + SUMS_AT)), room(scratch + ROOM_AT) {
+        : s(s), m(*s.m), row(row), rows(rows), lines(rows * PLANES), deep(m.group % 64 ? 8 : 16), sums((int32_t*)(scratch + SUMS_AT)), room(scratch + ROOM_AT) {
         for (int i = 0; i < N; i++) n[i] = m.tile_rows(t + i);
     }
 
@@ -96,26 +96,26 @@ struct SmallDigits {
     }
     const uint8_t* place_x(int64_t step) const {
         uint8_t* to = room + (step & 3) * ROOM + 15 * 64;
-        const int8_t* from = s.digits + row * s.planes * m.cols + 4 * deep * step;
+        const int8_t* from = s.digits + row * PLANES * m.cols + 4 * deep * step;
         if (deep == 16) for (int i = 0; i < lines; i++) _mm512_store_si512(to + 64 * i, _mm512_loadu_si512(from + i * m.cols));
         else for (int i = 0; i < lines; i++) _mm256_store_si256((__m256i*)(to + 64 * i), _mm256_loadu_si256((const __m256i*)(from + i * m.cols)));
         return to;
     }
-    template <int T> void add(int64_t g, int64_t count, const float* scale, const float* shift, F* total) const {
+    template <int T> void add(int64_t g, int64_t count, const float* scale, const float* shift, F* total, const uint8_t* warm) const {
         if constexpr (T < N) {
             scale += (T * m.groups + g) * TILE, shift += (T * m.groups + g) * TILE;
             for (int r = 0; r < rows; r++) {
-                const int32_t* begin = s.digit_sums + (row + r) * s.planes * m.groups + g;
+                const int32_t* begin = s.digit_sums + (row + r) * PLANES * m.groups + g;
                 const float* x_sums = s.sums ? s.sums + (row + r) * m.groups + g : nullptr;
-                const float unit = s.unit[row + r];
-                F sum = total[T * rows + r];
-                for (int64_t i = 0; i < count; i++) {
-                    const int32_t* c = sums + T * 256 + (i * lines + r * s.planes) * TILE;
+                const int32_t* c = sums + T * 256 + r * PLANES * TILE;
+                F worth[PLANES], sum = total[T * rows + r];
+                for (int d = 0; d < PLANES; d++) worth[d] = V::set1(s.unit[row + r] * (float)(1 << (8 * d)));
+                for (int64_t i = 0; i < count; i++, c += lines * TILE) {
+                    __builtin_prefetch(warm + 64 * i);
                     F f = V::zero();
-                    float worth = unit;
-                    for (int d = 0; d < s.planes; d++, worth *= 256) {
+                    for (int d = 0; d < PLANES; d++) {
                         const I digits = _mm512_add_epi32(_mm512_load_si512(c + d * TILE), _mm512_set1_epi32(begin[d * m.groups + i]));
-                        f = V::fma(_mm512_cvtepi32_ps(digits), V::set1(worth), f);
+                        f = V::fma(_mm512_cvtepi32_ps(digits), worth[d], f);
                     }
                     sum = V::fma(V::load(scale + i * TILE), f, sum);
                     if (x_sums) sum = V::fma(V::load(shift + i * TILE), V::set1(x_sums[i]), sum);
@@ -135,8 +135,8 @@ struct SmallDigits {
         const int64_t steps = m.cols / (4 * deep), per_group = m.group / (4 * deep), slots = 16 / lines;
         int64_t slot = 0, in_group = 0, done = 0, waiting = 0;
         const auto add_waiting = [&] {
-            add<0>(done, waiting, scale, shift, total), add<1>(done, waiting, scale, shift, total);
-            add<2>(done, waiting, scale, shift, total), add<3>(done, waiting, scale, shift, total);
+            add<0>(done, waiting, scale, shift, total, p0 + AHEAD), add<1>(done, waiting, scale, shift, total, p1 + AHEAD);
+            add<2>(done, waiting, scale, shift, total, p2 + AHEAD), add<3>(done, waiting, scale, shift, total, p3 + AHEAD);
             done += waiting, waiting = 0;
         };
         const auto after = [&](bool last) {

@@ -1,5 +1,6 @@
 // What each instruction set offers, and the arguments of its kernels.
 #pragma once
+#include "elementwise.h"
 #include "matrix.h"
 
 namespace halfbyte {
@@ -61,6 +62,7 @@ struct Isa {
     void (*backward)(const Many&, int64_t column_block_begin, int64_t column_block_end);  // of 16 columns
     void (*few_int8)(const Int8&, int64_t tile_begin, int64_t tile_end);  // null where there is none
     void (*many_int8)(const Int8&, int64_t tile_begin, int64_t tile_end);
+    Elementwise elementwise;
 };
 
 const Isa* isa_generic();

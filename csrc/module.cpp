@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "boundary.h"
 #include "dispatch.h"
 #include "layout.h"
 #include "product.h"
@@ -16,39 +17,15 @@
 namespace nb = nanobind;
 using namespace halfbyte;
 
+namespace halfbyte {
+void bind_elementwise(nb::module_& mod);
+}
+
 namespace {
-
-using Span = std::pair<uintptr_t, int64_t>;  // address, bytes
-
-uint8_t* checked(Span s, int64_t needed, const char* what) {
-    if (needed < 0 || s.second < needed || (needed && !s.first)) {
-        throw std::invalid_argument(std::string(what) + " has " + std::to_string(s.second) + " bytes where " + std::to_string(needed) + " are needed");
-    }
-    return (uint8_t*)s.first;
-}
-
-int64_t product(int64_t a, int64_t b, const char* what) {
-    int64_t r;
-    if (a < 0 || b < 0 || __builtin_mul_overflow(a, b, &r) || r > (int64_t(1) << 46)) throw std::invalid_argument(std::string(what) + " is too large");
-    return r;
-}
-
-Type type_of(const std::string& name) {
-    if (name == "float32") return Type::f32;
-    if (name == "bfloat16") return Type::bf16;
-    if (name == "float16") return Type::f16;
-    if (name == "float8_e8m0fnu") return Type::e8m0;
-    throw std::invalid_argument("no kernel reads " + name);
-}
 
 Type float_type(int t) {
     if (t < 0 || t > 2) throw std::invalid_argument("float32, bfloat16 and float16 are types 0 to 2");
     return (Type)t;
-}
-
-void fill(float* table, const std::vector<float>& values, size_t n) {
-    if (values.size() < n) throw std::invalid_argument("a table of " + std::to_string(values.size()) + " values where " + std::to_string(n) + " are needed");
-    for (size_t i = 0; i < n; i++) table[i] = values[i];
 }
 
 struct Part {  // of a matrix still to be made: sizes are known, but not yet what they must be
@@ -184,6 +161,8 @@ NB_MODULE(_cpu, mod) {
     mod.def("isa", [] { return std::string(isa().name); });
     mod.def("use_isa", &use_isa);
     mod.def("thread_source", [] { return std::string(thread_source()); });
+
+    bind_elementwise(mod);
 
     nb::class_<Part>(mod, "Values")
         .def_static("floats", [](const std::string& type, Span s) {

@@ -65,9 +65,9 @@ struct Divisors {
 
 // x / d, rounded as a division rounds it, which takes sixteen cycles: the product with the inverse, and a correction by
 // what is left over. That this is exact was checked for every divisor and all of the numbers whose quotients lie so near
-// to the middle of two floats that the correction's error could matter; divisors must be ordinary for it. Quotients are
-// taken to the range in the same go, give or take a rounding. Of -0, and of what is so small that 0 is left, the sign is
-// lost.
+// to the middle of two floats that the correction's error could matter; divisors must be ordinary for it, and numbers
+// that are too small have quotients that no grid tells from 0. Quotients are taken to the range in the same go, give or
+// take a rounding. Of -0, and of what is so small that 0 is left, the sign is lost.
 struct Quotient {
     F divisor, inverse, from, to;
 

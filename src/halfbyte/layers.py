@@ -181,7 +181,9 @@ class Weight(nn.Module):
 
     def base(self) -> Tensor:
         """stored as a float tensor; differentiable where it is trained."""
-        return self.stored.q.dequantize() if isinstance(self.stored, Codes) else self.stored
+        if not isinstance(self.stored, Codes):
+            return self.stored
+        return self.stored.q.dequantize() if self.stored.learned else kernels.dequantize(self.stored.q)
 
     def sum(self) -> Tensor:
         """stored + adapters, added in float32 and rounded once to the weight's dtype."""
@@ -308,7 +310,7 @@ class Embedding(nn.Module):
         elif w.format is None:
             y = F.embedding(ids, w.base(), self.padding_idx)
         else:
-            y = w.frozen().rows(ids).dequantize()
+            y = kernels.dequantize(w.frozen().rows(ids))
         return y if self.embed_scale is None else y * self.embed_scale.to(y.dtype)
 
     def _rows_alone(self) -> bool:

@@ -70,7 +70,10 @@ def test_products_are_as_exact_as_the_reference(isa: str, format: str, shape: tu
             bias = torch.randn(shape[0]).to(dtype)
             y, want = kernels.linear(x, q, bias), x.double() @ value.T + bias.double()
             assert y.dtype == dtype
-            assert error(y, want) <= allowed(error(torch.nn.functional.linear(x, dense, bias), want), dtype), (dtype, rows)
+            assert error(y, want) <= allowed(error(torch.nn.functional.linear(x, dense, bias), want), dtype), (
+                dtype,
+                rows,
+            )
             dx, want = kernels.linear_grad(dy, q), dy.double() @ value
             assert dx.shape == (rows, shape[1])
             assert error(dx, want) <= allowed(error(dy @ dense, want), dtype), (dtype, rows)
@@ -113,7 +116,7 @@ def test_codes_times_codes(isa: str, weight: str, input: str) -> None:
 
 
 def test_inputs_that_no_integer_kernel_takes_are_dequantized(caplog: pytest.LogCaptureFixture) -> None:
-    products._fall_back.cache_clear()
+    products.fall_back.cache_clear()
     q = quantized((16, 256), "nf4-g64", torch.float32)
     x = torch.randn(3, 256)
     xq = kernels.quantize(x, "int8-channel", kernels.qparams(x, "int8-channel", "absmax"))
@@ -178,7 +181,7 @@ def test_threads_change_nothing(isa: str) -> None:
 def test_refusals_are_reasoned_and_the_call_is_served_all_the_same(
     shape: tuple[int, ...], format: str, why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    products._fall_back.cache_clear()
+    products.fall_back.cache_clear()
     w = torch.randn(shape)
     q = kernels.quantize(w, format)
     assert why in (cpu.refuses(q) or "")
@@ -215,7 +218,10 @@ def test_the_reference_can_be_asked_for() -> None:
 @pytest.mark.parametrize(("isa", "code"), [("generic", 0), ("reference", 0), ("nonsense", 2)])
 def test_the_environment_chooses(isa: str, code: int) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "halfbyte", "doctor"], env={**os.environ, "HALFBYTE_ISA": isa}, capture_output=True, text=True
+        [sys.executable, "-m", "halfbyte", "doctor"],
+        env={**os.environ, "HALFBYTE_ISA": isa},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == code
     assert isa in done.stdout + done.stderr

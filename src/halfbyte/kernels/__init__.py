@@ -13,17 +13,31 @@ import torch
 from torch import Tensor
 
 from halfbyte.formats import Format, parse
-from halfbyte.kernels import compiled, cpu, products, reference
+from halfbyte.kernels import compiled, cpu, elementwise, products, reference
 from halfbyte.kernels.search import SEARCHES
 from halfbyte.kernels.search import qparams as _qparams
 from halfbyte.qtensor import QParams, QTensor
 
-__all__ = ["SEARCHES", "dequantize", "fake", "linear", "linear_grad", "machine", "qparams", "quantize", "served_by", "using"]
+__all__ = [
+    "SEARCHES",
+    "dequantize",
+    "fake",
+    "linear",
+    "linear_grad",
+    "machine",
+    "qparams",
+    "quantize",
+    "served_by",
+    "using",
+]
 
 
 def qparams(w: Tensor, format: str | Format, how: str | None = None, weight: Tensor | None = None) -> QParams:
     """Scale and zero point of w in a format; see halfbyte.kernels.search.qparams for `how` and `weight`."""
-    return _qparams(w, parse(format), how, weight)
+    f = parse(format)
+    if (how or f.search) in elementwise.SEARCHES and _fast("qparams", w):
+        return elementwise.qparams(w, f, how)
+    return _qparams(w, f, how, weight)
 
 
 def quantize(w: Tensor, format: str | Format, qparams: QParams | None = None) -> QTensor:
@@ -32,18 +46,30 @@ def quantize(w: Tensor, format: str | Format, qparams: QParams | None = None) ->
     qparams: scale and zero point; left out, the format's default search finds them (no data needed).
     Raises InputError for an unknown format, a group that does not divide the inputs, NaN or infinity.
     """
-    return reference.quantize(w, parse(format), qparams)
+    return (elementwise if _fast("quantize", w) else reference).quantize(w, parse(format), qparams)
 
 
 def dequantize(q: QTensor) -> Tensor:
     """The tensor q stands for, in the dtype of its source."""
-    return q.dequantize()
+    if isinstance(q.laid_out, cpu.Tiled) and cpu.on and q.dtype in cpu.DTYPES:
+        return q.laid_out.dequantize(q.dtype)
+    return elementwise.dequantize(q) if _fast("dequantize", q) else q.dequantize()
 
 
 def fake(w: Tensor, format: str | Format, qparams: QParams | None = None) -> Tensor:
     """dequantize(quantize(w, format, qparams)), bit for bit, with a gradient: straight through for w, LSQ's for
     the scale and zero of `qparams` where those require one."""
-    return reference.fake(w, parse(format), qparams)
+    return (elementwise if _fast("fake", w) else reference).fake(w, parse(format), qparams)
+
+
+def _fast(job: str, x: Tensor | QTensor) -> bool:
+    """Whether C++ does an element-wise job on x. A graph that torch.compile makes keeps torch's ops, to fuse them."""
+    if torch.compiler.is_compiling():
+        return False
+    why = elementwise.refuses(job, x)
+    if why is not None and why != cpu.missing():
+        products.fall_back(f"torch does {job}: {why}")
+    return why is None
 
 
 def linear(x: Tensor | QTensor, q: QTensor, bias: Tensor | None = None) -> Tensor:
@@ -102,13 +128,10 @@ def served_by(q: QTensor | None = None) -> dict[str, str]:
     products = "torch, with the weight dequantized" + (f": {why}" if why else "")
     if why is None:
         products = fast if q is not None else f"{fast}: {cpu.SERVES}; others: {products}"
-    return {
-        "quantize": "torch",
-        "dequantize": "torch",
-        "fake": "torch",
-        "linear": products,
-        "linear_grad": products,
-    }
+    absent = cpu.missing()
+    others = fast if absent is None else f"torch: {absent}"
+    jobs = dict.fromkeys(("quantize", "dequantize", "fake"), others)
+    return jobs | {"linear": products, "linear_grad": products}
 
 
 def machine() -> dict[str, str]:

@@ -220,7 +220,7 @@ class Tiled:
         step = max(16, _AT_A_TIME // self.cols // 16 * 16)
         for row in range(0, self.rows_, step):
             n = min(step, self.rows_ - row)
-            w = _buffer(n * self.cols, dtype).view(n, self.cols)
+            w = buffer(n * self.cols, dtype).view(n, self.cols)
             self.matrix.dequantize(row, n, span(w), DTYPES[dtype], _threads())
             yield row, w
 
@@ -274,7 +274,7 @@ class Tiled:
 _local = threading.local()
 
 
-def _buffer(n: int, dtype: torch.dtype) -> Tensor:
+def buffer(n: int, dtype: torch.dtype) -> Tensor:
     """n values of memory that this thread's next call uses again: fresh pages would cost more than what fills them."""
     held: dict[torch.dtype, Tensor] = _local.__dict__.setdefault("held", {})
     if dtype not in held or held[dtype].numel() < n:

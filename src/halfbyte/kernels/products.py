@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import cpu, reference
+from halfbyte.kernels import cpu, elementwise
 from halfbyte.qtensor import QTensor
 
 _log = logging.getLogger(__name__)
@@ -19,13 +20,24 @@ def linear(x: Tensor | QTensor, q: QTensor, bias: Tensor | None = None) -> Tenso
     if isinstance(x, QTensor):
         return _linear_int8(x, q, bias)
     kernel = tiled(x, q)
-    return reference.linear(x, q, bias) if kernel is None else kernel.linear(x, bias)
+    return _dense_linear(x, q, bias) if kernel is None else kernel.linear(x, bias)
 
 
 def linear_grad(dy: Tensor, q: QTensor) -> Tensor:
     """See halfbyte.kernels.linear_grad."""
     kernel = tiled(dy, q)
-    return reference.linear_grad(dy, q) if kernel is None else kernel.linear_grad(dy)
+    return dy @ _dense(q, dy) if kernel is None else kernel.linear_grad(dy)
+
+
+def _dense(q: QTensor, x: Tensor) -> Tensor:
+    """q in x's dtype; where C++ does it, in memory that the next call writes anew."""
+    if elementwise.refuses("dequantize", q) is None and x.dtype in cpu.DTYPES and x.is_cpu:
+        return elementwise.dequantize(q, cpu.buffer(prod(q.shape), x.dtype).view(q.shape))
+    return q.dequantize().to(x.dtype)
+
+
+def _dense_linear(x: Tensor, q: QTensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(x, _dense(q, x), bias)
 
 
 def _linear_int8(x: QTensor, q: QTensor, bias: Tensor | None) -> Tensor:
@@ -36,8 +48,8 @@ def _linear_int8(x: QTensor, q: QTensor, bias: Tensor | None) -> Tensor:
     if y is not None:
         return y
     if kernel is not None:
-        _fall_back(f"no C++ kernel multiplies inputs in {x.format} with {q.format}")
-    return reference.linear(x.dequantize(), q, bias)
+        fall_back(f"inputs are dequantized: no C++ kernel multiplies {x.format} with {q.format}")
+    return linear(x.dequantize(), q, bias)
 
 
 def tiled(x: Tensor, q: QTensor) -> cpu.Tiled | None:
@@ -54,10 +66,11 @@ def tiled(x: Tensor, q: QTensor) -> cpu.Tiled | None:
     if why is None:
         q.laid_out = kernel = cpu.Tiled(q)
         return kernel
-    _fall_back(why)
+    fall_back(f"torch multiplies with the dequantized weight: {why}")
     return None
 
 
 @lru_cache(maxsize=1024)
-def _fall_back(why: str) -> None:
-    _log.warning("torch multiplies with the dequantized weight: %s", why)
+def fall_back(what: str) -> None:
+    """Says once what is not done by the fast kernels, and why."""
+    _log.warning("%s", what)

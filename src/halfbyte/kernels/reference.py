@@ -109,13 +109,3 @@ def fake(w: Tensor, f: Format, p: QParams | None = None) -> Tensor:
     if p is None:
         p = qparams(w.detach(), f)
     return _Fake.apply(w, p.scale, p.zero, f)  # pyright: ignore[reportReturnType]
-
-
-def linear(x: Tensor, q: QTensor, bias: Tensor | None = None) -> Tensor:
-    """See halfbyte.kernels.linear. W is dequantized for the product and dropped."""
-    return torch.nn.functional.linear(x, q.dequantize().to(x.dtype), bias)
-
-
-def linear_grad(dy: Tensor, q: QTensor) -> Tensor:
-    """See halfbyte.kernels.linear_grad."""
-    return dy @ q.dequantize().to(dy.dtype)
