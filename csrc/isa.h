@@ -12,7 +12,7 @@ struct Small {  // a product with few rows of x, as its threads see it
     const uint16_t* x16 = nullptr;  // the same in bfloat16, if it came so
     const float* sums = nullptr;    // (rows, groups): of x over each group; null without zero points
     const float* base = nullptr;    // (rows, groups): what the codes' base (Isa::pair_base) made of x, to be added back
-    int planes = 0;                 // digits of each number of x, see digits.h; 0: it is not split
+    int planes = 0;                 // digits of each number of x, see few.h; 0: it is not split
     const int8_t* digits = nullptr;  // (rows, planes, cols)
     const int32_t* digit_sums = nullptr;  // (rows, planes, groups): of digits over each group, times minus the middle
     const float* unit = nullptr;          // (rows): worth of the lowest digits

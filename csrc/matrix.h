@@ -25,6 +25,8 @@ struct Values {
     int64_t inner_group = 1;       // neighbours, over the flattened codes, that share an inner scale
     float offset = 0;
     float table[256] = {};
+
+    int64_t inner_of(int64_t i) const { return (inner_group & (inner_group - 1)) == 0 ? i >> __builtin_ctzll((uint64_t)inner_group) : i / inner_group; }
 };
 
 // value = scale * (table[code] - zero), or scale * table[code] + zero with a float zero; + offset.
