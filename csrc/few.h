@@ -61,18 +61,21 @@ inline float split_row(const Matrix& m, const float* x, int planes, int8_t* out,
 // The scales of the tiles that come next, a few with each step: done at once they would leave the memory idle.
 struct Ahead {
     const Small& s;
-    int64_t t = 0, tiles = 0, chunks = 0, done = 0;  // a chunk: 8 groups of a tile
-    float *scale = nullptr, *shift = nullptr;        // [tiles][groups][16]
+    int64_t t = 0, tiles = 0, tile = 0, g = 0;
+    float *scale = nullptr, *shift = nullptr;  // [tiles][groups][16]
 
-    explicit Ahead(const Small& s) : s(s), chunks(ceil_div(s.m->groups, 8)) {}
+    explicit Ahead(const Small& s) : s(s) {}
     void begin(int64_t first, int64_t count, float* memory, int64_t room) {
-        t = first, tiles = count, done = 0;
+        t = first, tiles = count, tile = 0, g = 0;
         scale = memory, shift = s.sums ? memory + room : nullptr;
     }
+    int64_t chunks() const { return tiles * ceil_div(s.m->groups, 8); }  // of 8 groups of a tile
     void some(int64_t n) {
-        for (; n > 0 && done < tiles * chunks; n--, done++) {
-            const int64_t i = done / chunks, g = done % chunks * 8, at = i * s.m->groups * TILE;
-            tile_scales(*s.m, t + i, s.center, g, least(g + 8, s.m->groups), scale + at, shift ? shift + at : nullptr);
+        for (; n > 0 && tile < tiles; n--) {
+            const int64_t at = tile * s.m->groups * TILE, stop = least(g + 8, s.m->groups);
+            tile_scales(*s.m, t + tile, s.center, g, stop, scale + at, shift ? shift + at : nullptr);
+            g = stop;
+            if (g == s.m->groups) g = 0, tile++;
         }
     }
 };
@@ -233,7 +236,7 @@ struct Few {
     // several groups are summed apart in one register before it is read.
     void run(Ahead& next) {
         const int64_t steps = m.cols / kind.columns(), per_group = m.group / kind.columns(), slots = 16 / lines;
-        const int64_t scales_a_step = ceil_div(next.tiles * next.chunks, steps);
+        const int64_t scales_a_step = ceil_div(next.chunks(), steps);
         const int64_t near_end = steps - AHEAD / (2 * Kind::BITS * kind.columns());
         const uint8_t *p0 = m.tile(t), *p1 = m.tile(t + 1 % N), *p2 = m.tile(t + 2 % N), *p3 = m.tile(t + 3 % N);
         uint8_t *now = memory, *later = memory + 4 * Kind::BUFFER;
@@ -303,7 +306,7 @@ void few_amx(const Small& s, int64_t begin, int64_t end) {
     Ahead scales(s), next(s);
     next.begin(begin, together(begin), memory, room);
     for (int64_t t = begin; t < end; t += scales.tiles) {
-        next.some(next.tiles * next.chunks);
+        next.some(next.chunks());
         scales.begin(t, next.tiles, next.scale, room);
         next.begin(t + scales.tiles, together(t + scales.tiles), scales.scale == memory ? memory + 2 * room : memory, room);
         if (scales.tiles == 4) few_tiles<Kind, 4>(kind, t, buffer, scales, next);

@@ -1,5 +1,5 @@
-"""A pytest plugin (`-p tests.sanitized`): loads the C++ kernels from the file that HALFBYTE_SANITIZED names, in place of
-those that are installed. `make sanitize` builds that file with AddressSanitizer."""
+"""A pytest plugin (`-p tests.sanitized`): loads the C++ kernels from the file that HALFBYTE_SANITIZED names, in place
+of those that are installed. `make sanitize` builds that file with AddressSanitizer."""
 
 from __future__ import annotations
 

@@ -25,10 +25,12 @@ from halfbyte.qtensor import QTensor
 pytestmark = pytest.mark.skipif(cpu._cpu is None, reason="the C++ kernels were not built")
 
 FORMATS = [
-    "int4-g128", "int4-g32", "uint4-g32", "int4-channel", "nf4-g64", "nf4-g64-dq", "fp4-bnb-g64", "q4_0", "q4_1", "q4_k",
-    "nvfp4", "mxfp4", "int8-channel", "int8-g128", "uint8-g64", "q8_0",
+    "int4-g128", "int4-g32", "uint4-g32", "int4-channel", "nf4-g64", "nf4-g64-dq", "fp4-bnb-g64", "q4_0", "q4_1",
+    "q4_k", "nvfp4", "mxfp4", "int8-channel", "int8-g128", "uint8-g64", "q8_0",
 ]  # fmt: skip
-INTEGERS = ["int4-g128", "int4-g32", "uint4-g32", "int4-channel", "q4_0", "q4_1", "q4_k", "int8-channel", "uint8-g64"]
+INTEGERS = [
+    "int4-g128", "int4-g32", "uint4-g32", "int4-channel", "q4_0", "q4_1", "q4_k", "int8-channel", "uint8-g64",
+]  # fmt: skip
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -248,7 +250,7 @@ def test_wrong_calls_raise_and_touch_nothing() -> None:
         lambda: m.rows("codes", cpu.span(torch.tensor([0])), (y.data_ptr(), 127)),
         lambda: m.linear_int8(cpu.span(x), cpu.span(x), "float32", 3, 1, None, "float32", cpu.span(y), "float32", 1),
     ):
-        with pytest.raises(ValueError, match="bytes where|too large|types 0 to 2|whole tiles|whole groups"):
+        with pytest.raises(ValueError, match=r"bytes where|too large|types 0 to 2|whole tiles|whole groups"):
             call()
     past, row = torch.tensor([16]), torch.empty(128, dtype=torch.uint8)
     with pytest.raises(IndexError, match="row 16 of 16"):
@@ -261,12 +263,13 @@ def test_wrong_calls_raise_and_touch_nothing() -> None:
     }  # fmt: skip
     assert not cpu._cpu.Matrix(**good).tiled
     for bad in (
-        {"rows": 17}, {"cols": 512}, {"bits": 3}, {"group": 7}, {"group": 0}, {"table": [0.0]}, {"rows": 1 << 60}, {"cols": 0},
+        {"rows": 17}, {"cols": 512}, {"bits": 3}, {"group": 7}, {"group": 0}, {"table": [0.0]}, {"rows": 1 << 60},
+        {"cols": 0},
         {"scale": cpu._cpu.Values.floats("float32", (scale.data_ptr(), 511))},
         {"zero": cpu._cpu.Values.bytes((codes.data_ptr(), 127))},
         {"scale": cpu._cpu.Values.nested(8, cpu.span(codes), [1.0] * 256, "float32", (scale.data_ptr(), 3), 16, 0.0)},
     ):  # fmt: skip
-        with pytest.raises(ValueError, match="bytes where|too large|tiled|table"):
+        with pytest.raises(ValueError, match=r"bytes where|too large|tiled|table"):
             cpu._cpu.Matrix(**{**good, **bad})
 
 

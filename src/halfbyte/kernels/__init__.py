@@ -67,7 +67,7 @@ def _fast(job: str, x: Tensor | QTensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     why = elementwise.refuses(job, x)
-    if why is not None and why != cpu.missing():
+    if why is not None and (cpu.on or cpu.absent()):
         products.fall_back(f"torch does {job}: {why}")
     return why is None
 
@@ -79,7 +79,7 @@ def linear(x: Tensor | QTensor, q: QTensor, bias: Tensor | None = None) -> Tenso
     multiplied with q's, in integers, and nothing but the sums is rounded. The first call may lay out q's bytes
     anew (`q.layout`); later ones find them so.
     """
-    if torch.compiler.is_compiling():
+    if isinstance(x, Tensor) and torch.compiler.is_compiling():
         return compiled.linear(x, q, bias)
     if (
         torch.is_grad_enabled()

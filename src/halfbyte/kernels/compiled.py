@@ -55,7 +55,8 @@ def _find(parts: list[Tensor], names: str, format: str, shape: list[int], dtype:
 
 @torch.library.custom_op("halfbyte::linear", mutates_args=())
 def _linear(
-    x: Tensor, bias: Tensor | None, parts: list[Tensor], names: str, format: str, shape: list[int], dtype: torch.dtype, key: int
+    x: Tensor, bias: Tensor | None, parts: list[Tensor],
+    names: str, format: str, shape: list[int], dtype: torch.dtype, key: int,
 ) -> Tensor:  # fmt: skip
     return products.linear(x, _find(parts, names, format, shape, dtype, key), bias)
 

@@ -16,6 +16,7 @@ from halfbyte.errors import InputError
 from halfbyte.formats import Format, Integers, Table
 from halfbyte.qtensor import QTensor, grid_values
 
+_cpu: Any
 try:
     from halfbyte.kernels import _cpu  # pyright: ignore[reportAttributeAccessIssue]
 except ImportError:
@@ -79,6 +80,11 @@ def missing() -> str | None:
     if _cpu is None:
         return _MISSING
     return None if on else "torch's kernels were asked for (HALFBYTE_ISA=reference)"
+
+
+def absent() -> bool:
+    """Whether there are no C++ kernels that could be asked for."""
+    return _cpu is None
 
 
 def span(t: Tensor) -> tuple[int, int]:
@@ -150,7 +156,7 @@ class Tiled:
         self.parts = q.leaves()  # the QTensor's own tensors, which stand for new memory from here on
         with torch.inference_mode():  # counts no change: the values are the same
             for t in self.parts.values():
-                t.set_(t.detach().clone(memory_format=torch.contiguous_format))
+                t.set_(t.detach().clone(memory_format=torch.contiguous_format))  # pyright: ignore[reportArgumentType]
         self._bind(q, tiled=False)
         self.matrix.tile(False, _threads())
 
@@ -291,7 +297,8 @@ def _values(part: Tensor | QTensor) -> Any:
     assert isinstance(codes, Tensor)
     assert isinstance(inner, Tensor)
     group = part.shape[-1] if f.group == "channel" else prod(part.shape) if f.group == "tensor" else f.group
-    offset = part.parts.get("offset")
+    offset = part.parts.get("offset", torch.zeros(()))
+    assert isinstance(offset, Tensor)
     return _cpu.Values.nested(
-        f.bits, span(codes), _table(f), _STORED[inner.dtype], span(inner), group, float(offset) if offset is not None else 0.0
+        f.bits, span(codes), _table(f), _STORED[inner.dtype], span(inner), group, float(offset)
     )  # fmt: skip
