@@ -305,6 +305,9 @@ void few_amx(const Small& s, int64_t begin, int64_t end) {
     const auto together = [&](int64_t t) { return end - t >= 4 ? 4 : end - t >= 2 ? 2 : least(1, end - t); };
     Ahead scales(s), next(s);
     next.begin(begin, together(begin), memory, room);
+    // a small weight's first tiles are much of it: their lines are asked for while the scales are read
+    for (int64_t t = begin; t < begin + next.tiles; t++)
+        for (int64_t i = 0; i < least(AHEAD, s.m->tile_rows(t) * s.m->row_bytes()); i += 64) __builtin_prefetch(s.m->tile(t) + i);
     for (int64_t t = begin; t < end; t += scales.tiles) {
         next.some(next.chunks());
         scales.begin(t, next.tiles, next.scale, room);

@@ -79,14 +79,13 @@ def linear(x: Tensor | QTensor, q: QTensor, bias: Tensor | None = None) -> Tenso
     multiplied with q's, in integers, and nothing but the sums is rounded. The first call may lay out q's bytes
     anew (`q.layout`); later ones find them so.
     """
-    if isinstance(x, Tensor) and torch.compiler.is_compiling():
-        return compiled.linear(x, q, bias)
-    if (
-        torch.is_grad_enabled()
-        and isinstance(x, Tensor)
-        and (x.requires_grad or (bias is not None and bias.requires_grad))
-    ):
-        return _Linear.apply(x, q, bias)  # pyright: ignore[reportReturnType]
+    if isinstance(x, Tensor):
+        if torch.compiler.is_compiling():
+            return compiled.linear(x, q, bias)
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return _Linear.apply(x, q, bias)  # pyright: ignore[reportReturnType]
+        if (kernel := products.ready(x, q)) is not None:  # the shortest way: small products take as long as their call
+            return kernel.linear(x, bias)
     return products.linear(x, q, bias)
 
 

@@ -13,6 +13,7 @@ from halfbyte.kernels import cpu, elementwise
 from halfbyte.qtensor import QTensor
 
 _log = logging.getLogger(__name__)
+_INPUTS = {*cpu.DTYPES, torch.uint8}  # uint8: the codes of an input
 
 
 def linear(x: Tensor | QTensor, q: QTensor, bias: Tensor | None = None) -> Tensor:
@@ -52,14 +53,21 @@ def _linear_int8(x: QTensor, q: QTensor, bias: Tensor | None) -> Tensor:
     return linear(x.dequantize(), q, bias)
 
 
+def ready(x: Tensor, q: QTensor) -> cpu.Tiled | None:
+    """The C++ products with q, if it is laid out and they take x."""
+    kernel = q.laid_out
+    if kernel is None or not cpu.on or x.dtype not in _INPUTS or not x.is_cpu:
+        return None
+    assert isinstance(kernel, cpu.Tiled)
+    kernel.follow(q)
+    return kernel
+
+
 def tiled(x: Tensor, q: QTensor) -> cpu.Tiled | None:
     """The C++ products with q, laying it out if need be; None, and a line in the log, where they refuse."""
-    kernel = q.laid_out
-    served = x.dtype in cpu.DTYPES or x.dtype is torch.uint8
-    if kernel is not None and cpu.on and served and x.is_cpu:
-        assert isinstance(kernel, cpu.Tiled)
-        kernel.follow(q)
+    if (kernel := ready(x, q)) is not None:
         return kernel
+    served = x.dtype in _INPUTS
     why = cpu.refuses(q) if served or not x.is_cpu else f"the C++ kernels do not multiply {x.dtype}"
     if why is None and not x.is_cpu:
         why = f"the input is on {x.device.type}, the weight is not"
