@@ -124,21 +124,6 @@ def _found(w: Tensor, f: Format) -> QParams:
     return qparams(w, f) if f.search in SEARCHES else search.qparams(w, f)
 
 
-def _store(p: QParams, f: Format, dtype: torch.dtype) -> dict[str, Tensor | QTensor]:
-    """reference.store_qparams, with scales that are quantized themselves by the kernels here."""
-    plain = replace(
-        f,
-        scale="float32" if isinstance(f.scale, Format) else f.scale,
-        zero="float32" if isinstance(f.zero, Format) else f.zero,
-    )
-    parts = reference.store_qparams(p, plain, dtype)
-    for name, values, how in (("scale", p.scale, f.scale), ("zero", p.zero, f.zero)):
-        if isinstance(how, Format):
-            assert values is not None
-            parts[name] = quantize(values.detach().float(), how)
-    return parts
-
-
 def quantize(w: Tensor, f: Format, p: QParams | None = None) -> QTensor:
     """See halfbyte.kernels.quantize."""
     w, shape = w.detach(), tuple(w.shape)
@@ -147,7 +132,7 @@ def quantize(w: Tensor, f: Format, p: QParams | None = None) -> QTensor:
         mean = w.float().mean() if w.numel() else torch.zeros(())
         w, offset = w - mean, {"offset": mean}
     p = p or _found(w, f)
-    parts, w = _store(p, f, w.dtype), w.contiguous()
+    parts, w = reference.store_qparams(p, f, w.dtype, quantize), w.contiguous()
     scale, zero = _plain(p.scale if f.flat else parts["scale"]), _plain(parts.get("zero"))
     rows, cols = _rows(f, shape)
     n = -(-cols * f.bits // 8)
@@ -180,7 +165,7 @@ def dequantize(q: QTensor, out: Tensor | None = None) -> Tensor:
 
 def _rounded(w: Tensor, f: Format, p: QParams, mask: Tensor | None) -> Tensor:
     """w rounded; mask gets a bit an element, whether it lay inside the grid's range."""
-    parts, w = _store(p, f, w.dtype), w.contiguous()
+    parts, w = reference.store_qparams(p, f, w.dtype, quantize), w.contiguous()
     scale, zero = _plain(parts["scale"]), _plain(parts.get("zero"))
     divisor, out = _plain(p.scale) if f.flat else scale, torch.empty_like(w)
     _cpu.fake(

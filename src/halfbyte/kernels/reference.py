@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,8 +13,10 @@ from halfbyte.kernels.rounding import normalize, round_to_grid
 from halfbyte.kernels.search import qparams
 from halfbyte.qtensor import QParams, QTensor, decode, grid_values, grouped, pack, ungrouped
 
+Quantize = Callable[[Tensor, Format], QTensor]
 
-def _store(values: Tensor, how: str | Format, dtype: torch.dtype) -> Tensor | QTensor:
+
+def _store(values: Tensor, how: str | Format, dtype: torch.dtype, quantize: Quantize) -> Tensor | QTensor:
     """A matrix of scales or zeros -> the part that is kept."""
     if isinstance(how, Format):
         return quantize(values.detach().float(), how)
@@ -22,16 +25,20 @@ def _store(values: Tensor, how: str | Format, dtype: torch.dtype) -> Tensor | QT
     return values.detach().clamp(-top, top).to(to)
 
 
-def store_qparams(p: QParams, f: Format, dtype: torch.dtype) -> dict[str, Tensor | QTensor]:
-    """QParams -> the parts "scale" and "zero" of a QTensor whose source has this dtype."""
-    parts: dict[str, Tensor | QTensor] = {"scale": _store(p.scale, f.scale, dtype)}
+def store_qparams(
+    p: QParams, f: Format, dtype: torch.dtype, quantize: Quantize | None = None
+) -> dict[str, Tensor | QTensor]:
+    """QParams -> the parts "scale" and "zero" of a QTensor whose source has this dtype. quantize: what makes codes of
+    scales that are themselves quantized; this module's, unless another is given."""
+    quantize = quantize or _quantize
+    parts: dict[str, Tensor | QTensor] = {"scale": _store(p.scale, f.scale, dtype, quantize)}
     if f.zero == "integer":
         assert p.zero is not None
         assert isinstance(f.grid, Integers)
         parts["zero"] = p.zero.detach().round().clamp(0, f.grid.top).to(torch.uint8)
     elif f.zero is not None:
         assert p.zero is not None
-        parts["zero"] = _store(p.zero, f.zero, dtype)
+        parts["zero"] = _store(p.zero, f.zero, dtype, quantize)
     return parts
 
 
@@ -69,6 +76,9 @@ def quantize(w: Tensor, f: Format, p: QParams | None = None) -> QTensor:
     codes = ungrouped(rounded.codes, shape).to(torch.uint8)
     packed = pack(codes.reshape(-1) if f.flat else codes, f.bits)
     return QTensor(f, shape, w.dtype, {"codes": packed, **parts, **offset})
+
+
+_quantize = quantize  # by a name that store_qparams does not hide
 
 
 class _Fake(torch.autograd.Function):
