@@ -29,18 +29,16 @@ struct Values {
     int64_t inner_of(int64_t i) const { return (inner_group & (inner_group - 1)) == 0 ? i >> __builtin_ctzll((uint64_t)inner_group) : i / inner_group; }
 };
 
-// value = scale * (table[code] - zero), or scale * table[code] + zero with a float zero; + offset.
+// value = scale * (table[code] - zero), or scale * table[code] + zero with a float zero.
 struct Matrix {
     int64_t rows = 0, cols = 0;
     int bits = 4;
-    int64_t group = 0;    // neighbours that share a scale: along a row, or (flat) over the flattened matrix
-    int64_t groups = 0;   // a row's, where rows have their own (not flat across rows)
-    bool flat = false;    // groups and codes run over the flattened matrix, rows are not whole groups
+    int64_t group = 0;    // neighbours along a row that share a scale
+    int64_t groups = 0;   // a row's
     bool tiled = false;
     bool integers = false;  // table[c] == c - middle
     float middle = 0;
     bool zero_added = false;
-    float offset = 0;
     const uint8_t* codes = nullptr;
     Values scale, zero;
     float table[256] = {};

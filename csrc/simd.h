@@ -1,9 +1,6 @@
 // Sixteen lanes, on each kind of machine. A tile's rows are the lanes, so there are never horizontal sums.
 // Everything here is compiled once per instruction set: internal linkage only.
 #pragma once
-#ifndef HB_AHEAD
-#define HB_AHEAD 4096
-#endif
 #include "matrix.h"
 
 #if defined(__AVX2__)
@@ -48,7 +45,6 @@ struct V {
     static F look_up(const float* table, const uint8_t* p) {
         return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)), table, 4);
     }
-    static F gather(const float* p, const int32_t* index) { return _mm512_i32gather_ps(_mm512_loadu_si512(index), p, 4); }
     // value i (0 to 7) of the six-bit codes whose low and high halves these are
     static F six_bits(const uint8_t* low, const uint8_t* high, int i) {
         const I l = _mm512_and_si512(_mm512_srlv_epi32(_mm512_loadu_si512(low), _mm512_set1_epi32(4 * i)), _mm512_set1_epi32(15));
@@ -114,10 +110,6 @@ struct V {
     static F look_up(const float* table, const uint8_t* p) {
         return {_mm256_i32gather_ps(table, half_bytes(p), 4), _mm256_i32gather_ps(table, half_bytes(p + 8), 4)};
     }
-    static F gather(const float* p, const int32_t* index) {
-        return {_mm256_i32gather_ps(p, _mm256_loadu_si256((const __m256i*)index), 4),
-                _mm256_i32gather_ps(p, _mm256_loadu_si256((const __m256i*)(index + 8)), 4)};
-    }
     static __m256 half_six(const uint8_t* low, const uint8_t* high, int i) {
         const __m256i l = _mm256_and_si256(_mm256_srlv_epi32(_mm256_loadu_si256((const __m256i*)low), _mm256_set1_epi32(4 * i)), _mm256_set1_epi32(15));
         const __m256i h = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)high));
@@ -151,7 +143,6 @@ struct V {  // loops that any compiler takes, and most make vectors of
     static F load_bytes(const uint8_t* p) { return each([=](int i) { return (float)p[i]; }); }
     static void store(Type t, uint8_t* p, F f) { for (int i = 0; i < 16; i++) store_float(t, p, i, f.x[i]); }
     static F look_up(const float* table, const uint8_t* p) { return each([=](int i) { return table[p[i]]; }); }
-    static F gather(const float* p, const int32_t* index) { return each([=](int i) { return p[index[i]]; }); }
     static F six_bits(const uint8_t* low, const uint8_t* high, int n) {
         return each([=](int i) {
             uint32_t l; uint16_t h;
@@ -166,7 +157,7 @@ struct V {  // loops that any compiler takes, and most make vectors of
 
 // Reading ahead by hand: too much is done with each word for the machine to see the next ones in time, and its own
 // prefetching stops at the end of a page.
-constexpr int64_t AHEAD = HB_AHEAD;
+constexpr int64_t AHEAD = 4096;
 inline void prefetch(const uint8_t* p) { __builtin_prefetch(p + AHEAD, 0, 3); }
 
 template <int n> struct Int { static constexpr int value = n; };

@@ -273,6 +273,21 @@ def test_wrong_calls_raise_and_touch_nothing() -> None:
             cpu._cpu.Matrix(**{**good, **bad})
 
 
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    q = quantized((16, 256), "int4-g32", torch.float32)
+    x = torch.randn(3, 256)
+    kernels.linear(x, q)
+    xq = kernels.quantize(torch.randn(3, 128), "int8-channel")
+    for call in (
+        lambda: kernels.linear(torch.randn(4, 128), q),
+        lambda: kernels.linear(x, q, torch.zeros(17)),
+        lambda: kernels.linear_grad(torch.randn(3, 8), q),
+        lambda: kernels.linear(xq, q),
+    ):
+        with pytest.raises(InputError, match=r"weight of shape \(16, 256\)"):
+            call()
+
+
 def laid_out_layer() -> tuple[torch.nn.Module, Linear, Tensor]:
     model = swap(torch.nn.Sequential(torch.nn.Linear(256, 48)))
     op = model[0]  # pyright: ignore[reportIndexIssue]

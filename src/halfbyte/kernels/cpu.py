@@ -197,6 +197,8 @@ class Tiled:
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., in) of float32, bfloat16 or float16 on the CPU."""
+        if x.shape[-1] != self.cols or (bias is not None and bias.numel() != self.rows_):
+            raise self._misfit(x.shape, bias)
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], self.rows_))
         b, b_bytes, b_type = 0, 0, 0
@@ -210,6 +212,12 @@ class Tiled:
             x.data_ptr(), x.nbytes, _NUMBER[x.dtype], rows, b, b_bytes, b_type, y.data_ptr(), y.nbytes, _threads()
         )  # fmt: skip
         return y
+
+    def _misfit(self, shape: tuple[int, ...], bias: Tensor | None) -> InputError:
+        with_bias = "" if bias is None else f" and a bias of shape {tuple(bias.shape)}"
+        return InputError(
+            f"{tuple(shape)}{with_bias} cannot be multiplied with a weight of shape ({self.rows_}, {self.cols})."
+        )
 
     def _by_torch(self, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
         """torch's product with the dequantized weight, some rows of it at a time."""
@@ -246,6 +254,8 @@ class Tiled:
         assert isinstance(codes, Tensor)
         if scale.dtype not in DTYPES:
             return None
+        if x.shape[-1] != self.cols or (bias is not None and bias.numel() != self.rows_):
+            raise self._misfit(x.shape, bias)
         y = torch.empty((*x.shape[:-1], self.rows_), dtype=x.dtype)
         if bias is not None:
             bias = bias.detach().contiguous()
@@ -265,6 +275,8 @@ class Tiled:
 
     def linear_grad(self, dy: Tensor) -> Tensor:
         """dy (..., out) of float32, bfloat16 or float16 on the CPU."""
+        if dy.shape[-1] != self.rows_:
+            raise self._misfit(dy.shape, None)
         dy = dy.contiguous()
         dx = dy.new_empty((*dy.shape[:-1], self.cols))
         dtype = DTYPES[dy.dtype]
