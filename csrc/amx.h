@@ -32,24 +32,5 @@ struct MatrixUnit {  // whatever a thread must set up for it
 #endif
 };
 
-#if defined(__AMX_BF16__)
-
-// Registers 0 to 3 hold sums, 4 (and 5) x, 6 and 7 weights. gcc's intrinsics take only literal numbers of registers.
-template <int T> struct Register;
-#define HB_REGISTER(t, weights)                                                                                            \
-    template <> struct Register<t> {                                                                                       \
-        static void zero() { _tile_zero(t); }                                                                              \
-        static void store(void* p) { _tile_stored(t, p, 64); }                                                             \
-        static void multiply(const uint8_t* b) { HB_TILE_LOAD(weights, b, 64); _tile_dpbf16ps(t, 4, weights); }            \
-        static void multiply_bytes(const uint8_t* b) { HB_TILE_LOAD(weights, b, 64); _tile_dpbsud(t, 4, weights); }        \
-    };
-HB_REGISTER(0, 6)
-HB_REGISTER(1, 7)
-HB_REGISTER(2, 6)
-HB_REGISTER(3, 7)
-#undef HB_REGISTER
-
-#endif
-
 }  // namespace
 }  // namespace halfbyte

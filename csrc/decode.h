@@ -62,17 +62,6 @@ inline void transpose(F (&r)[16]) {
 }
 #endif
 
-// n floats, plus a bias where it is not null, stored from `at`.
-inline void store_row(Type type, uint8_t* y, int64_t at, const float* c, const float* bias, int64_t n) {
-    int64_t j = 0;
-    for (; j + 16 <= n; j += 16) {
-        F f = V::load(c + j);
-        if (bias) f = V::add(f, V::load(bias + j));
-        V::store(type, y + (at + j) * size_of(type), f);
-    }
-    for (; j < n; j++) store_float(type, y, at + j, c[j] + (bias ? bias[j] : 0));
-}
-
 // Rows of tiles [begin, end) at y (m.rows, m.cols).
 template <int BITS>
 void dequantize_tiles(const Matrix& m, int64_t begin, int64_t end, Type type, uint8_t* y) {

@@ -1,4 +1,4 @@
-// Products of codes with codes: x in 8-bit integers, the matrix in integers of 4 or 8 bits. Sums are exact.
+// Products of codes with codes, for many rows: x in 8-bit integers, the matrix in integers of 4 or 8 bits. Sums are exact.
 //
 //     y = sum over sub-groups of  x_scale * w_scale * (sum of x * code - middle * sum of x)   + zero points' share
 //
@@ -6,6 +6,7 @@
 // neighbours (low halves, high halves), 8 bits: 0 2 1 3 of four.
 #pragma once
 #include "amx.h"
+#include "few.h"
 #include "isa.h"
 #include "scales.h"
 
@@ -19,8 +20,6 @@ inline __m512i broadcast4(const int8_t* p) {
     memcpy(&four, p, 4);
     return _mm512_set1_epi32(four);
 }
-
-inline const __m512i low_halves() { return _mm512_set1_epi32(0x0f0f0f0f); }
 
 // What a sub-group's sums become. They begin at -middle * (sum of x), so that they are those of codes less the middle.
 struct Group {
@@ -43,61 +42,9 @@ struct Group {
     }
 };
 
-inline void finish_int8(const Int8& s, int64_t t, int64_t row, const float* c) {
-    const int n = s.m->tile_rows(t);
-    float y[TILE];
-    const float x_scale = s.x_groups > 1 ? 1 : s.x_scale[row];
-    for (int r = 0; r < TILE; r++) y[r] = c[r] * x_scale + (s.bias && r < n ? s.bias[t * TILE + r] : 0);
-    store_floats(s.y_type, s.y, row * s.m->rows + t * TILE, y, n);
-}
-
-template <int M, int BITS>
-void few_int8(const Int8& s, int64_t t, int64_t row, const float* scale, const float* shift) {
-    constexpr int C = M < 4 ? 2 : 1;  // chains of sums
-    const Matrix& m = *s.m;
-    const int n = m.tile_rows(t);
-    const uint8_t* p = m.tile(t);
-    const int8_t* x = s.x + row * m.cols;
-    F total[M];
-    for (auto& f : total) f = V::zero();
-    for (int64_t i = 0; i < s.subs; i++) {
-        const Group group(s, i, scale, shift);
-        __m512i acc[M][C];
-        for (int j = 0; j < M; j++) acc[j][0] = group.begin(row + j), acc[j][C - 1] = C > 1 ? _mm512_setzero_si512() : acc[j][0];
-        for (int64_t w = 0; w < s.sub * BITS / 32; w++, p += 4 * n, x += 32 / BITS) {
-            prefetch(p);
-            const I v = n == TILE ? V::words(p) : V::words(p, n);
-            if constexpr (BITS == 4) {
-                const I low = _mm512_and_si512(v, low_halves()), high = _mm512_and_si512(_mm512_srli_epi32(v, 4), low_halves());
-                for (int j = 0; j < M; j++) {
-                    acc[j][0] = _mm512_dpbusd_epi32(acc[j][0], low, broadcast4(x + j * m.cols));
-                    acc[j][C - 1] = _mm512_dpbusd_epi32(acc[j][C - 1], high, broadcast4(x + j * m.cols + 4));
-                }
-            } else {
-                for (int j = 0; j < M; j++) acc[j][w % C] = _mm512_dpbusd_epi32(acc[j][w % C], v, broadcast4(x + j * m.cols));
-            }
-        }
-        for (int j = 0; j < M; j++) total[j] = group.add(C > 1 ? _mm512_add_epi32(acc[j][0], acc[j][C - 1]) : acc[j][0], row + j, total[j]);
-    }
-    for (int j = 0; j < M; j++) {
-        float c[TILE];
-        V::store(c, total[j]);
-        finish_int8(s, t, row + j, c);
-    }
-}
-
-template <int BITS>
-void few_rows_int8(const Int8& s, int64_t begin, int64_t end) {
-    const Matrix& m = *s.m;
-    float* scale = (float*)scratch(0, (size_t)(2 * m.groups * TILE) * sizeof(float));
-    float* shift = m.has_zero() ? scale + m.groups * TILE : nullptr;
-    for (int64_t t = begin; t < end; t++) {
-        tile_scales(m, t, (float)s.middle - m.middle, scale, shift);
-        int64_t row = 0;
-        for (; row + 4 <= s.rows; row += 4) few_int8<4, BITS>(s, t, row, scale, shift);
-        if (row + 2 <= s.rows) few_int8<2, BITS>(s, t, row, scale, shift), row += 2;
-        if (row < s.rows) few_int8<1, BITS>(s, t, row, scale, shift);
-    }
+inline void finish_int8(const Int8& s, int64_t t, int64_t row, float* c) {
+    if (s.x_groups == 1) for (int r = 0; r < TILE; r++) c[r] *= s.x_scale[row];
+    store_row(s.y_type, s.y, row * s.m->rows + t * TILE, c, s.bias ? s.bias + t * TILE : nullptr, s.m->tile_rows(t));
 }
 
 // Blocks of a KB: A is 16 rows of 64 bytes of x; B 16 words of 16 rows of the matrix, its codes as bytes.

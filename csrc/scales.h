@@ -32,18 +32,18 @@ inline F flat_inner(const Values& v, int64_t row0, int n, int64_t groups, int64_
     return V::load(x);
 }
 
-// Groups [g0, g1), of which the first is a multiple of 8.
+// Of groups [g0, g1), of which the first is a multiple of 8.
 inline void tile_values(const Values& v, int64_t row0, int n, int64_t groups, int64_t g0, int64_t g1, float* out) {
     uint8_t room[TILE * 4], high_room[TILE * 2];
     const F offset = V::set1(v.offset);
     if (v.kind == Values::none) {
-        for (int64_t g = g0; g < g1; g++) V::store(out + g * TILE, V::zero());
+        for (int64_t g = g0; g < g1; g++) V::store(out + (g - g0) * TILE, V::zero());
     } else if (v.kind == Values::floats) {
         const int64_t size = size_of(v.type);
         const uint8_t* part = v.data + row0 * groups * size;
-        for (int64_t g = g0; g < g1; g++) V::store(out + g * TILE, as_floats(v.type, sixteen(part, g, n, size, room)));
+        for (int64_t g = g0; g < g1; g++) V::store(out + (g - g0) * TILE, as_floats(v.type, sixteen(part, g, n, size, room)));
     } else if (v.kind == Values::bytes) {
-        for (int64_t g = g0; g < g1; g++) V::store(out + g * TILE, V::load_bytes(sixteen(v.data + row0 * groups, g, n, 1, room)));
+        for (int64_t g = g0; g < g1; g++) V::store(out + (g - g0) * TILE, V::load_bytes(sixteen(v.data + row0 * groups, g, n, 1, room)));
     } else if (v.bits == 8) {
         // the inner scale changes every inner_group of the flattened codes: for whole runs of g it stays as it is
         int64_t same_until = g0;
@@ -58,7 +58,7 @@ inline void tile_values(const Values& v, int64_t row0, int n, int64_t groups, in
                 }
             }
             const F outer = V::look_up(v.table, sixteen(v.data + row0 * groups, g, n, 1, room));
-            V::store(out + g * TILE, V::add(V::mul(outer, inner), offset));
+            V::store(out + (g - g0) * TILE, V::add(V::mul(outer, inner), offset));
         }
     } else {
         for (int64_t b = g0 / 8; b < ceil_div(g1, 8); b++) {
@@ -66,7 +66,7 @@ inline void tile_values(const Values& v, int64_t row0, int n, int64_t groups, in
             const uint8_t *low = v.data + 6 * (row0 * groups / 8 + b * n), *high = low + 4 * n;
             uint8_t low_room[TILE * 4];
             low = sixteen(low, 0, n, 4, low_room), high = sixteen(high, 0, n, 2, high_room);
-            for (int i = 0; i < 8; i++) V::store(out + (8 * b + i) * TILE, V::add(V::mul(V::six_bits(low, high, i), inner), offset));
+            for (int i = 0; i < 8; i++) V::store(out + (8 * b + i - g0) * TILE, V::add(V::mul(V::six_bits(low, high, i), inner), offset));
         }
     }
 }
@@ -81,7 +81,7 @@ inline void tile_scales(const Matrix& m, int64_t t, float center, int64_t g0, in
     if (!shift) return;
     tile_values(m.zero, row0, n, m.groups, g0, g1, shift);
     const F c = V::set1(center), minus = V::set1(-1);
-    for (int64_t g = g0; g < g1; g++) {
+    for (int64_t g = 0; g < g1 - g0; g++) {
         const F s = V::load(scale + g * TILE), z = V::load(shift + g * TILE);
         V::store(shift + g * TILE, m.zero_added ? V::fma(s, c, z) : V::mul(s, V::fma(z, minus, c)));
     }

@@ -171,8 +171,15 @@ inline F load_some(const float* p, int64_t n) {  // sixteen, or zeros where ther
 }
 #endif
 
-inline void store_floats(Type t, uint8_t* p, int64_t i, const float* x, int n) {
-    for (int r = 0; r < n; r++) store_float(t, p, i + r, x[r]);
+// n floats, plus a bias where it is not null, stored from `at`.
+inline void store_row(Type type, uint8_t* y, int64_t at, const float* c, const float* bias, int64_t n) {
+    int64_t j = 0;
+    for (; j + 16 <= n; j += 16) {
+        F f = V::load(c + j);
+        if (bias) f = V::add(f, V::load(bias + j));
+        V::store(type, y + (at + j) * size_of(type), f);
+    }
+    for (; j < n; j++) store_float(type, y, at + j, c[j] + (bias ? bias[j] : 0));
 }
 
 }  // namespace

@@ -1,9 +1,8 @@
-// Few rows of x (up to 8): what decoding does. Bound by reading the codes, so nothing else may cost.
+// Few rows of x (up to 8) in float32, where there are no digits (few.h).
 //
 // For a tile of 16 output rows and a group g of the input:  y += scale_g * sum_k (table[code] * x_k) + shift_g * sum_k x_k
 #pragma once
 #include "isa.h"
-#include "pairs.h"
 #include "scales.h"
 
 namespace halfbyte {
@@ -34,11 +33,9 @@ inline void add_word8(I v, const float* x, int64_t ldx, F (&acc)[M][C]) {
 }
 
 inline void finish(const Small& s, int64_t t, int row, F total) {
-    const int n = s.m->tile_rows(t);
     float y[TILE];
     V::store(y, total);
-    if (s.bias) for (int r = 0; r < n; r++) y[r] += s.bias[t * TILE + r];
-    store_floats(s.type, s.y, row * s.ldy + t * TILE, y, n);
+    store_row(s.type, s.y, row * s.m->rows + t * TILE, y, s.bias ? s.bias + t * TILE : nullptr, s.m->tile_rows(t));
 }
 
 // Rows of x from `row`, M of them, in float32.
@@ -83,54 +80,6 @@ void small_float_rows(const Small& s, int64_t t, const float* scale, const float
     if (row + 2 <= s.rows) small_float<2, BITS>(s, t, row, scale, shift), row += 2;
     if (row < s.rows) small_float<1, BITS>(s, t, row, scale, shift);
 }
-
-#if defined(__AVX512BF16__)
-
-template <Pairing P, int M>
-void small_pairs(const Small& s, int64_t t, int row, const float* scale, const float* shift) {
-    constexpr int C = M == 1 ? 4 : M == 2 ? 2 : 1;
-    const Matrix& m = *s.m;
-    const int n = m.tile_rows(t);
-    const Pairs<P> pairs(s.table);
-    const uint16_t* x = s.x16 + row * m.cols;
-    const uint8_t* p = m.tile(t);
-    const int64_t words = m.group * pairs.bits / 32;
-    F total[M];
-    for (auto& f : total) f = V::zero();
-    for (int64_t g = 0; g < m.groups; g++) {
-        F acc[M][C];
-        for (auto& a : acc) for (auto& f : a) f = V::zero();
-        for (int64_t w = 0; w < words; w++, p += 4 * n, x += 32 / pairs.bits) {
-            prefetch(p);
-            pairs.each(n == TILE ? V::words(p) : V::words(p, n), [&](auto at, I codes) {
-                constexpr int k = decltype(at)::value;
-                for (int i = 0; i < M; i++) {
-                    int32_t pair;
-                    memcpy(&pair, x + i * m.cols + 2 * pairs.from(k), 4);
-                    acc[i][k % C] = _mm512_dpbf16_ps(acc[i][k % C], (__m512bh)codes, (__m512bh)_mm512_set1_epi32(pair));
-                }
-            });
-        }
-        const F sc = V::load(scale + g * TILE);
-        for (int i = 0; i < M; i++) {
-            for (int c = 1; c < C; c++) acc[i][0] = V::add(acc[i][0], acc[i][c]);
-            if (s.base) acc[i][0] = V::add(acc[i][0], V::set1(s.base[(row + i) * m.groups + g]));
-            total[i] = V::fma(sc, acc[i][0], total[i]);
-            if (shift) total[i] = V::fma(V::load(shift + g * TILE), V::set1(s.sums[(row + i) * m.groups + g]), total[i]);
-        }
-    }
-    for (int i = 0; i < M; i++) finish(s, t, row + i, total[i]);
-}
-
-template <Pairing P>
-void small_pairs_rows(const Small& s, int64_t t, const float* scale, const float* shift) {
-    int row = 0;
-    for (; row + 4 <= s.rows; row += 4) small_pairs<P, 4>(s, t, row, scale, shift);
-    if (row + 2 <= s.rows) small_pairs<P, 2>(s, t, row, scale, shift), row += 2;
-    if (row < s.rows) small_pairs<P, 1>(s, t, row, scale, shift);
-}
-
-#endif
 
 }  // namespace
 }  // namespace halfbyte
