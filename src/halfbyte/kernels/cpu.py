@@ -14,6 +14,7 @@ from torch import Tensor
 
 from halfbyte.errors import InputError
 from halfbyte.formats import Format, Integers, Table
+from halfbyte.kernels import pages
 from halfbyte.qtensor import QTensor, grid_values
 
 _cpu: Any
@@ -156,7 +157,7 @@ class Tiled:
         self.parts = q.leaves()  # the QTensor's own tensors, which stand for new memory from here on
         with torch.inference_mode():  # counts no change: the values are the same
             for t in self.parts.values():
-                t.set_(t.detach().clone(memory_format=torch.contiguous_format))  # pyright: ignore[reportArgumentType]
+                t.set_(pages.copy(t.detach()))  # pyright: ignore[reportArgumentType]
         self._bind(q, tiled=False)
         self.matrix.tile(False, _threads())
 
