@@ -15,6 +15,9 @@ namespace {
 
 inline const __m512i low_halves() { return _mm512_set1_epi32(0x0f0f0f0f); }
 
+// gcc keeps sums in registers only where no loop over them is left, and by itself leaves some.
+#define HB_UNROLL _Pragma("GCC unroll 8")
+
 enum Codes { FOUR_BITS, EIGHT_BITS, LOOKED_UP };
 
 constexpr int64_t SCALES_AT_A_TIME = 8;  // groups; all at once would leave the memory idle
@@ -48,11 +51,11 @@ struct FewRows {
     // A word of each tile times M rows' digits.
     void add(const int32_t*& x, I (&sum)[C][M][T][P]) {
         I high[T][HALVES], low[T][HALVES];
-        for (int j = 0; j < T; j++) {
+        HB_UNROLL for (int j = 0; j < T; j++) {
             prefetch(p[j]);
             const I v = _mm512_maskz_loadu_epi32(lanes[j], p[j]);
             p[j] += 4 * n[j];
-            for (int h = 0; h < HALVES; h++) {
+            HB_UNROLL for (int h = 0; h < HALVES; h++) {
                 high[j][h] = CODES == EIGHT_BITS ? v : _mm512_and_si512(h ? _mm512_srli_epi32(v, 4) : v, low_halves());
                 if constexpr (CODES == LOOKED_UP) {
                     low[j][h] = _mm512_shuffle_epi8(low_bytes, high[j][h]);
@@ -60,12 +63,12 @@ struct FewRows {
                 }
             }
         }
-        for (int r = 0; r < M; r++) {
-            for (int h = 0; h < HALVES; h++) {
-                for (int d = 0; d < P; d++) {
+        HB_UNROLL for (int r = 0; r < M; r++) {
+            HB_UNROLL for (int h = 0; h < HALVES; h++) {
+                HB_UNROLL for (int d = 0; d < P; d++) {
                     const I digits = _mm512_set1_epi32(*x++);
                     auto& of_row = sum[h % C][r];
-                    for (int j = 0; j < T; j++) {
+                    HB_UNROLL for (int j = 0; j < T; j++) {
                         of_row[j][d] = _mm512_dpbusd_epi32(of_row[j][d], high[j][h], digits);
                         if (CODES == LOOKED_UP && d == P - 1) of_row[j][0] = _mm512_dpbusd_epi32(of_row[j][0], low[j][h], digits);
                     }
@@ -82,9 +85,9 @@ struct FewRows {
     void block(const int32_t*& x, int64_t words, int64_t b, int64_t g) {
         I sum[C][M][T][P];
         const int32_t* begin = s.begin + (row * s.blocks + b * M) * P;
-        for (int r = 0; r < M; r++) {
-            for (int j = 0; j < T; j++) {
-                for (int d = 0; d < P; d++) {
+        HB_UNROLL for (int r = 0; r < M; r++) {
+            HB_UNROLL for (int j = 0; j < T; j++) {
+                HB_UNROLL for (int d = 0; d < P; d++) {
                     sum[0][r][j][d] = _mm512_set1_epi32(begin[r * P + d]);
                     if (C > 1) sum[C - 1][r][j][d] = _mm512_setzero_si512();
                 }
@@ -92,10 +95,10 @@ struct FewRows {
         }
         for (int64_t w = 0; w < words; w++) add(x, sum);
         const float *unit = s.unit + row * s.blocks + b * M, *x_sum = s.sum + row * s.blocks + b * M;
-        for (int j = 0; j < T; j++) {
+        HB_UNROLL for (int j = 0; j < T; j++) {
             const F by = V::load(scale[j] + g * TILE);
-            for (int r = 0; r < M; r++) {
-                if (C > 1) for (int d = 0; d < P; d++) sum[0][r][j][d] = _mm512_add_epi32(sum[0][r][j][d], sum[C - 1][r][j][d]);
+            HB_UNROLL for (int r = 0; r < M; r++) {
+                if (C > 1) HB_UNROLL for (int d = 0; d < P; d++) sum[0][r][j][d] = _mm512_add_epi32(sum[0][r][j][d], sum[C - 1][r][j][d]);
                 total[r][j] = V::fma(V::mul(by, V::set1(unit[r])), worth(sum[0][r][j]), total[r][j]);
                 if (m.has_zero()) total[r][j] = V::fma(V::load(shift[j] + g * TILE), V::set1(x_sum[r]), total[r][j]);
             }
@@ -140,6 +143,8 @@ void few_digits(const Few& s, int64_t begin, int64_t end) {
         }
     }
 }
+
+#undef HB_UNROLL
 
 }  // namespace
 }  // namespace halfbyte
