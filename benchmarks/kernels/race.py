@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 import torch
 
+from halfbyte.kernels import pages
+
 Call = Callable[[], object]
 
 
@@ -158,7 +160,7 @@ class Limits:
     def __init__(self, total: int = 1 << 30, slice: int = 32 << 20) -> None:
         threads, compiled = torch.get_num_threads(), _compiled()
         half = total // 2
-        memory = torch.ones(total // 8, dtype=torch.int64)
+        memory = pages.copy(torch.ones(total // 8, dtype=torch.int64))  # the limit is that of huge pages
         at = memory.data_ptr()
         parts = memory.split(slice // 8)
         to, of = parts[: len(parts) // 2], parts[len(parts) // 2 :]
