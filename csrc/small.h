@@ -56,7 +56,7 @@ void small_float(const Small& s, int64_t t, int row, const float* scale, const f
         for (int64_t done = 0; done < words;) {  // sums of sums, as torch's product has them: long ones round more
             F acc[M][C];
             for (auto& a : acc) for (auto& f : a) f = V::zero();
-            for (const int64_t stop = least(words, done + 4 * BITS); done < stop; done++, p += 4 * n, x += 32 / BITS) {
+            for (const int64_t stop = least(words, done + BITS); done < stop; done++, p += 4 * n, x += 32 / BITS) {
                 prefetch(p);
                 const I v = n == TILE ? V::words(p) : V::words(p, n);
                 if constexpr (BITS == 4) add_word4<M, C>(v, table, x, m.cols, acc);

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from race import Call
 from torch import Tensor
 from torch.nn.functional import linear
@@ -156,9 +157,19 @@ def bitsandbytes_hub(w: Tensor, copies: int) -> Weights:
     return bitsandbytes_nf4(w, copies)
 
 
+def _of_its_own(array: NDArray[Any], number: int, of: int) -> NDArray[Any]:
+    own = array.copy()
+    if number < of:
+        own.flat[number] = own.flat[number] + 1
+    return own
+
+
 def onnxruntime(bits: int, block: int, accuracy: int, w: Tensor, copies: int) -> Weights:
     """MatMulNBits: float32 inputs as they are (accuracy_level 1) or rounded to int8 in blocks (4). A node a copy in
-    one model, so that the call of a session counts once for all of them."""
+    one model, so that the call of a session counts once for all of them.
+
+    Each differs from the others in one value: of those that are equal a session keeps one, and its reading would be a
+    cache's. The last, whose product is checked, is as it should be."""
     import onnxruntime as ort
     from onnx import TensorProto, helper
 
@@ -176,7 +187,7 @@ def onnxruntime(bits: int, block: int, accuracy: int, w: Tensor, copies: int) ->
             tensor.data_location = TensorProto.EXTERNAL
             tensor.external_data.add(key="location", value="memory")
             declared.append(tensor)
-            values[tensor.name] = ort.OrtValue.ortvalue_from_numpy(array.copy())
+            values[tensor.name] = ort.OrtValue.ortvalue_from_numpy(_of_its_own(array, 1 + i, copies))
         attributes: dict[str, Any] = {
             "K": w.shape[1],
             "N": w.shape[0],

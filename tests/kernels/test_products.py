@@ -82,6 +82,28 @@ def test_products_are_as_exact_as_the_reference(isa: str, format: str, shape: tu
         assert q.layout == "tiled"
 
 
+@pytest.mark.parametrize("format", ["int4-g128", "int4-channel", "uint4-g32", "nf4-g64", "q4_k", "int8-channel"])
+@pytest.mark.parametrize("outlier", [1e3, 1e5, 1e-34])
+def test_outliers_among_inputs_cost_no_more_than_the_reference_loses(isa: str, format: str, outlier: float) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        q = quantized((72, 768), format, dtype)
+        x = torch.randn(4, 768).to(dtype)
+        x[:, 5], x[:, 400] = outlier, -outlier
+        x[1, 256:] *= 1e-6  # blocks of their own size
+        want, dense = x.double() @ exact(q).T, q.dequantize()
+        assert error(kernels.linear(x, q), want) <= allowed(error(x @ dense.T, want), dtype)
+
+
+def test_inputs_that_are_not_finite_give_what_the_reference_gives(isa: str) -> None:
+    q = quantized((24, 256), "int4-g32")
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x = torch.randn(3, 256).bfloat16()
+        x[1, 7] = bad
+        y, want = kernels.linear(x, q), x @ q.dequantize().T
+        assert torch.equal(y.isfinite(), want.isfinite())
+        assert torch.equal(y.isnan(), want.isnan())
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_layout_is_taken_back_byte_for_byte(isa: str, format: str) -> None:
     for shape in ((40, 768), (3, 256)):
