@@ -124,10 +124,6 @@ void multiply(const uint16_t* a, int64_t a_next, const uint16_t* b, int64_t b_ne
         if constexpr (R > 1 && S > 1) HB_TILE_LOAD(3, c11, stride);
     }
     for (int64_t i = 0; i < steps; i++, a += BLOCK, b += BLOCK) {
-        for (int j = 0; j < 16; j++) {
-            __builtin_prefetch(b + 2 * BLOCK + 32 * j);
-            if (S > 1) __builtin_prefetch(b + b_next + 2 * BLOCK + 32 * j);
-        }
         HB_TILE_LOAD(4, a, 64);
         HB_TILE_LOAD(6, b, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -162,27 +158,35 @@ void multiply(const uint16_t* a, int64_t a_next, const uint16_t* b, int64_t b_ne
 #endif
 }
 
+// Steps at a time, so that a few rows of A and as many columns of B stay in the nearest cache.
+inline int64_t strip(int64_t steps) { return ceil_div(steps, ceil_div(steps, 10)); }
+
 // All of C: a_blocks x b_blocks blocks of 16 x 16.
 inline void multiply_all(const uint16_t* a, int64_t a_next, int64_t a_blocks, const uint16_t* b, int64_t b_next, int64_t b_blocks, int64_t steps, float* c,
                          int64_t ldc, bool first) {
+    const int64_t at_once = strip(steps);
     for (int64_t i = 0; i < a_blocks; i += 2) {
-        for (int64_t j = 0; j < b_blocks; j += 2) {
-            const uint16_t *ai = a + i * a_next, *bj = b + j * b_next;
-            float* to = c + 16 * i * ldc + 16 * j;
-            const bool r2 = i + 1 < a_blocks, s2 = j + 1 < b_blocks;
-            if (r2 && s2) multiply<2, 2>(ai, a_next, bj, b_next, steps, to, ldc, first);
-            else if (r2) multiply<2, 1>(ai, a_next, bj, b_next, steps, to, ldc, first);
-            else if (s2) multiply<1, 2>(ai, a_next, bj, b_next, steps, to, ldc, first);
-            else multiply<1, 1>(ai, a_next, bj, b_next, steps, to, ldc, first);
+        for (int64_t s = 0; s < steps; s += at_once) {
+            for (int64_t j = 0; j < b_blocks; j += 2) {
+                const uint16_t *ai = a + i * a_next + s * BLOCK, *bj = b + j * b_next + s * BLOCK;
+                float* to = c + 16 * i * ldc + 16 * j;
+                const int64_t n = least(at_once, steps - s);
+                const bool r2 = i + 1 < a_blocks, s2 = j + 1 < b_blocks, begin = first && s == 0;
+                if (r2 && s2) multiply<2, 2>(ai, a_next, bj, b_next, n, to, ldc, begin);
+                else if (r2) multiply<2, 1>(ai, a_next, bj, b_next, n, to, ldc, begin);
+                else if (s2) multiply<1, 2>(ai, a_next, bj, b_next, n, to, ldc, begin);
+                else multiply<1, 1>(ai, a_next, bj, b_next, n, to, ldc, begin);
+            }
         }
     }
 }
 
-// How much of the matrix is decoded at a time: BESIDE columns of B (or rows of A) that are DEEP where the product sums.
+// How much of the matrix is decoded at a time: BESIDE columns of B (or rows of A) that are DEEP where the product sums, or
+// more columns where they are less deep.
 constexpr int64_t BESIDE = 256, DEEP = 1024;
 
-// Even parts of a depth, each of at most DEEP, in whole blocks.
-inline int64_t part(int64_t depth) { return ceil_div(ceil_div(depth, ceil_div(depth, DEEP)), 32) * 32; }
+// Even parts of n, each of at most `most`, in whole blocks of 32.
+inline int64_t part(int64_t n, int64_t most) { return ceil_div(ceil_div(n, ceil_div(n, most)), 32) * 32; }
 
 // Where one part is all, a few rows' sums are finished before the next begin; else all wait for the next part.
 inline int64_t rows_at_once(const Many& g, int64_t depth) { return depth <= DEEP ? least(32, ceil_div(g.rows, 16) * 16) : ceil_div(g.rows, 16) * 16; }
@@ -190,17 +194,17 @@ inline int64_t rows_at_once(const Many& g, int64_t depth) { return depth <= DEEP
 // y for the matrix's tiles [begin, end).
 template <int BITS>
 void many_forward(const Many& g, int64_t begin, int64_t end) {
-    constexpr int64_t TILES = BESIDE / TILE;
     const Matrix& m = *g.m;
     const Decode d(m);
-    const int64_t x_next = ceil_div(m.cols, 32) * BLOCK, per_tile = m.groups * TILE, deep = part(m.cols), at_once = rows_at_once(g, m.cols);
-    uint16_t* panel = (uint16_t*)scratch(1, (size_t)(BESIDE * deep * 2));
-    float* scale = (float*)scratch(0, (size_t)(2 * TILES * per_tile) * 4);
-    float* zero = m.has_zero() ? scale + TILES * per_tile : nullptr;
-    float* c = (float*)scratch(2, (size_t)(at_once * BESIDE) * 4);
+    const int64_t x_next = ceil_div(m.cols, 32) * BLOCK, per_tile = m.groups * TILE, deep = part(m.cols, DEEP), at_once = rows_at_once(g, m.cols);
+    const int64_t beside = part((end - begin) * TILE, BESIDE * DEEP / deep / 32 * 32), most = beside / TILE;
+    uint16_t* panel = (uint16_t*)scratch(1, (size_t)(beside * deep * 2));
+    float* scale = (float*)scratch(0, (size_t)(2 * most * per_tile) * 4);
+    float* zero = m.has_zero() ? scale + most * per_tile : nullptr;
+    float* c = (float*)scratch(2, (size_t)(at_once * beside) * 4);
     const MatrixUnit unit;
-    for (int64_t t0 = begin; t0 < end; t0 += TILES) {
-        const int64_t tiles = least(TILES, end - t0), ldc = tiles * TILE, n0 = t0 * TILE, n = least(m.rows - n0, ldc);
+    for (int64_t t0 = begin; t0 < end; t0 += most) {
+        const int64_t tiles = least(most, end - t0), ldc = tiles * TILE, n0 = t0 * TILE, n = least(m.rows - n0, ldc);
         for (int64_t t = 0; t < tiles; t++) {
             tile_values(m.scale, (t0 + t) * TILE, m.tile_rows(t0 + t), m.groups, scale + t * per_tile);
             if (zero) tile_values(m.zero, (t0 + t) * TILE, m.tile_rows(t0 + t), m.groups, zero + t * per_tile);
@@ -224,15 +228,15 @@ template <int BITS>
 void many_backward(const Many& g, int64_t begin, int64_t end) {
     const Matrix& m = *g.m;
     const Decode d(m);
-    const int64_t dy_next = ceil_div(m.rows, 32) * BLOCK, per_tile = m.groups * TILE, deep = part(m.rows) / TILE, at_once = rows_at_once(g, m.rows);
-    uint16_t* panel = (uint16_t*)scratch(1, (size_t)(BESIDE * deep * TILE * 2));
+    const int64_t dy_next = ceil_div(m.rows, 32) * BLOCK, per_tile = m.groups * TILE, deep = part(m.rows, DEEP) / TILE, at_once = rows_at_once(g, m.rows);
+    const int64_t last = least(16 * end, m.cols), beside = part(last - 16 * begin, BESIDE * DEEP / (deep * TILE) / 32 * 32);
+    uint16_t* panel = (uint16_t*)scratch(1, (size_t)(beside * deep * TILE * 2));
     float* scale = (float*)scratch(0, (size_t)(4 * per_tile) * 4);
     float* zero = m.has_zero() ? scale + 2 * per_tile : nullptr;
-    float* c = (float*)scratch(2, (size_t)(at_once * BESIDE) * 4);  // columns of dx as rows
+    float* c = (float*)scratch(2, (size_t)(at_once * beside) * 4);  // columns of dx as rows
     const MatrixUnit unit;
-    const int64_t last = least(16 * end, m.cols);
-    for (int64_t k0 = 16 * begin; k0 < last; k0 += BESIDE) {
-        const int64_t k1 = least(last, k0 + BESIDE), blocks = ceil_div(k1 - k0, 16);
+    for (int64_t k0 = 16 * begin; k0 < last; k0 += beside) {
+        const int64_t k1 = least(last, k0 + beside), blocks = ceil_div(k1 - k0, 16);
         for (int64_t t0 = 0; t0 < m.tiles(); t0 += deep) {
             const int64_t tiles = least(deep, m.tiles() - t0), steps = ceil_div(tiles, 2);
             for (int64_t t = t0; t < t0 + tiles; t += 2) {

@@ -160,7 +160,7 @@ def bitsandbytes_hub(w: Tensor, copies: int) -> Weights:
 def _of_its_own(array: NDArray[Any], number: int, of: int) -> NDArray[Any]:
     own = array.copy()
     if number < of:
-        own.flat[number] = own.flat[number] + 1
+        own.reshape(-1).view("u1")[number] ^= 1
     return own
 
 
