@@ -39,7 +39,9 @@ struct Small {  // the same in float32, where there are no digits
 struct Many {  // a product with many rows, in bfloat16
     const Matrix* m = nullptr;
     int64_t rows = 0;                  // of x, or of dy
-    const uint16_t* packed = nullptr;  // x or dy in blocks, see many.h
+    const uint16_t* x = nullptr;       // or dy: bfloat16, (rows, in)
+    int64_t in_place = 0;              // rows, 32 and 32, that are read where they lie
+    const uint16_t* packed = nullptr;  // the others, in blocks; see many.h
     const float* bias = nullptr;       // float32, or null
     Type y_type = Type::f32;
     uint8_t* y = nullptr;              // (rows, m->rows), or backward (rows, m->cols)
@@ -70,10 +72,11 @@ struct Isa {
     bool (*split)(const Few&, const float* x);
     void (*order)(const Few&, const uint8_t* x, const float* scale, int64_t x_group);
     void (*few)(const Few&, int64_t tile_begin, int64_t tile_end);
-    // Null where there is none, and dequantizing for torch's product serves as well. pack: 16 rows of x (as B: of dy)
-    void (*pack)(const uint16_t* x, int64_t rows, int64_t cols, int64_t block, bool as_b, uint16_t* out);
-    void (*forward)(const Many&, int64_t tile_begin, int64_t tile_end);
-    void (*backward)(const Many&, int64_t column_block_begin, int64_t column_block_end);  // of 16 columns
+    // Null where there is none, and dequantizing for torch's product serves as well. Both ways
+    // for columns of y, 16 and 16.
+    void (*pack_rows)(const uint16_t* x, int64_t rows, int64_t cols, int64_t block, uint16_t* out);
+    void (*forward)(const Many&, int64_t block_begin, int64_t block_end);
+    void (*backward)(const Many&, int64_t block_begin, int64_t block_end);
     void (*many_int8)(const Int8&, int64_t tile_begin, int64_t tile_end);
     Elementwise elementwise;
 };

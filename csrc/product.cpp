@@ -74,21 +74,27 @@ void small(const Matrix& m, Floats x, int64_t rows, const float* bias, Floats y,
 
 constexpr int64_t AT_A_TIME = 512, SHALLOW = 4096;  // rows: what one decoding serves, and what scratch must hold
 
+// Whether blocks of x are read where they lie: no padding is needed, and not all rows want the same lines of the cache.
+bool readable(int64_t in) { return in % 32 == 0 && in % 1024 != 0; }
+
 void many(const Matrix& m, Floats x, int64_t rows, const float* bias, Floats y, bool back, int threads) {
     const Isa& use = isa();
     const int64_t in = back ? m.rows : m.cols, out = back ? m.cols : m.rows, block_values = ceil_div(in, 32) * 512;
     const int64_t most = in <= 1024 ? SHALLOW : AT_A_TIME;
-    uint16_t* packed = (uint16_t*)scratch(X, (size_t)(ceil_div(least(rows, most), 16) * block_values * 2));
     for (int64_t row = 0; row < rows; row += most) {
         Many g;
-        g.m = &m, g.rows = least(most, rows - row), g.packed = packed, g.bias = bias;
+        g.m = &m, g.rows = least(most, rows - row), g.bias = bias;
+        g.x = (const uint16_t*)x.data + row * in;
+        g.in_place = readable(in) ? g.rows / 32 * 32 : 0;
         g.y_type = y.type, g.y = y.data + row * out * size_of(y.type);
-        const uint16_t* from = (const uint16_t*)x.data + row * in;
-        parallel(threads, ceil_div(g.rows, 16), [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; i++) use.pack(from, g.rows, in, i, back, packed + i * block_values);
+        const int64_t others = ceil_div(g.rows - g.in_place, 16);
+        uint16_t* packed = (uint16_t*)scratch(X, (size_t)(others * block_values * 2));
+        const uint16_t* from = g.x + g.in_place * in;
+        parallel(threads, others, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i++) use.pack_rows(from, g.rows - g.in_place, in, i, packed + i * block_values);
         });
-        if (back) parallel(threads, ceil_div(m.cols, 16), [&](int64_t begin, int64_t end) { use.backward(g, begin, end); });
-        else parallel(threads, m.tiles(), [&](int64_t begin, int64_t end) { use.forward(g, begin, end); });
+        g.packed = packed;
+        parallel(threads, ceil_div(out, 16), [&](int64_t begin, int64_t end) { (back ? use.backward : use.forward)(g, begin, end); });
     }
 }
 
