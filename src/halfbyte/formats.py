@@ -120,6 +120,11 @@ class Format:
     def bits(self) -> int:
         return self.grid.bits
 
+    @property
+    def keeps_zero(self) -> bool:
+        """Whether a group of zeros keeps a scale of 0: in bitsandbytes' formats, and where no code stands for 0."""
+        return self.flat or (isinstance(self.grid, Table) and 0.0 not in self.grid.values)
+
     def __str__(self) -> str:
         return self.name
 
@@ -159,6 +164,9 @@ _NF4 = (
 _FP4_BNB = tuple(s * v for s in (1, -1) for v in (0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12))
 _E2M1 = tuple(s * v for s in (1.0, -1.0) for v in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
 
+# ggml's non-linear 4 bits: a fixed table, finer around 0
+_IQ4_NL = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
+
 
 def _dynamic_map() -> tuple[float, ...]:
     """The signed 8-bit dynamic map (arXiv:1511.04561) that bitsandbytes stores NF4's block constants in."""
@@ -186,24 +194,28 @@ _NAME = re.compile(
 )
 
 
-def _super_block(name: str) -> Format:
-    """6-bit scales of a K-quant: eight to a super-block of 256, which has one fp16 scale."""
-    return Format(name, Integers(6, signed=False), 8, "float16")
+def _super_block(name: str, bits: int = 6, scales: int = 8, signed: bool = False) -> Format:
+    """Scales (or minima) of a K-quant: integers, all those of a super-block of 256 with one fp16 scale."""
+    return Format(name, Integers(bits, signed), scales, "float16")
+
+
+def _k_quant(name: str, bits: int, group: int, scale: Format, zero: Format | None = None) -> Format:
+    return Format(name, Integers(bits, signed=zero is None), group, scale, zero, search="mse")
 
 
 _FIXED = [
     # ggml's blocks: ggml-quants.c names, the gguf package's arithmetic
     Format("q4_0", Integers(4), 32, "float16", search="weighted"),
     Format("q4_1", Integers(4, signed=False), 32, "float16", zero="float16", search="mse"),
+    Format("q5_0", Integers(5), 32, "float16", search="mse"),
+    Format("q5_1", Integers(5, signed=False), 32, "float16", zero="float16", search="mse"),
     Format("q8_0", Integers(8), 32, "float16"),
-    Format(
-        "q4_k",
-        Integers(4, signed=False),
-        32,
-        _super_block("q4_k-scales"),
-        zero=_super_block("q4_k-mins"),
-        search="mse",
-    ),
+    Format("iq4_nl", Table(_IQ4_NL), 32, "float16", search="mse"),
+    _k_quant("q2_k", 2, 16, _super_block("q2_k-scales", 4, 16), _super_block("q2_k-mins", 4, 16)),
+    _k_quant("q3_k", 3, 16, _super_block("q3_k-scales", 6, 16, signed=True)),
+    _k_quant("q4_k", 4, 32, _super_block("q4_k-scales"), _super_block("q4_k-mins")),
+    _k_quant("q5_k", 5, 32, _super_block("q5_k-scales"), _super_block("q5_k-mins")),
+    _k_quant("q6_k", 6, 16, _super_block("q6_k-scales", 8, 16, signed=True)),
     # OCP microscaling and NVIDIA's variant of it
     Format("mxfp4", Table(_E2M1, ties="even"), 32, "float8_e8m0fnu"),
     Format(

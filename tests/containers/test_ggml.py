@@ -13,8 +13,7 @@ from halfbyte.containers import ggml
 from halfbyte.errors import InputError
 from halfbyte.formats import FORMATS
 
-TYPES = {n: getattr(gguf.GGMLQuantizationType, n.upper()) for n in ("q4_0", "q4_1", "q8_0")}
-TYPES["q4_k"] = gguf.GGMLQuantizationType.Q4_K
+TYPES = {n: getattr(gguf.GGMLQuantizationType, n.upper()) for n in ggml.BLOCKS}
 names = st.sampled_from(sorted(TYPES))
 
 
@@ -36,15 +35,24 @@ def test_gguf_reads_our_blocks_as_we_do(name, rows, blocks, seed, size):
         assert torch.equal(back.tensors()[k], part), k
 
 
+def test_blocks_are_as_large_as_the_gguf_package_says():
+    assert {n: (b.numbers, b.size) for n, b in ggml.BLOCKS.items()} == {
+        n: gguf.GGML_QUANT_SIZES[t] for n, t in TYPES.items()
+    }
+
+
 @given(names, st.integers(0, 2**32))
 def test_any_bytes_are_read_as_gguf_reads_them(name, seed):
     """Every bit of a block means the same to both; only NaN scales are left out."""
     f, rng = FORMATS[name], np.random.default_rng(seed)
-    blocks = rng.integers(0, 256, (4, ggml.row_bytes(f, 512)), dtype=np.uint8)
-    size = ggml.row_bytes(f, 256 if name == "q4_k" else 32)
-    # the fp16 factors come first in a block: below 2^15 and not NaN without the highest exponent bit
-    for at in (1, 3) if f.zero is not None else (1,):
-        blocks[:, at::size] &= 0xBF
+    block, blocks = ggml.BLOCKS[name], rng.integers(0, 256, (4, ggml.row_bytes(f, 512)), dtype=np.uint8)
+    at = 0
+    for field, size in block.fields:  # factors below 2^15 and not NaN: without the highest bit of the exponent
+        if field in ("d", "m", "dmin"):
+            blocks[:, at + 1 :: block.size] &= 0xBF
+        if field == "e":  # ggml halves the factor, so the two smallest are no powers of 2 to it
+            blocks[:, at :: block.size] = blocks[:, at :: block.size].clip(2, 250)
+        at += size
     data = torch.from_numpy(blocks)
     q = ggml.from_blocks(data, f, (4, 512), torch.float32)
     assert torch.equal(q.dequantize(), gguf_values(data, name))

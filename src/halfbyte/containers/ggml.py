@@ -2,15 +2,25 @@
 
     q4_0  fp16 d, 16 bytes of nibbles                                       d * (code - 8)
     q4_1  fp16 d, fp16 m, 16 bytes of nibbles                               d * code + m
+    q5_0  as q4_0, with 4 bytes of fifth bits before the nibbles            d * (code - 16)
+    q5_1  as q4_1, with 4 bytes of fifth bits before the nibbles            d * code + m
     q8_0  fp16 d, 32 int8                                                   d * code
+    iq4_nl  as q4_0, codes stand for a table's values                       d * table[code]
+    mxfp4 an exponent, 16 bytes of nibbles                                  2^(e - 127) * E2M1[code]
+    q2_k  16 bytes of 4-bit scales and minima, 64 bytes of pairs, fp16 d, fp16 dmin
+    q3_k  32 bytes of third bits, 64 bytes of pairs, 12 bytes of 6-bit scales, fp16 d
+                                                                            d * (scale - 32) * (code - 4)
     q4_k  fp16 d, fp16 dmin, 12 bytes of 6-bit scales and minima, 128 bytes of nibbles
-                                                                            d * scale * code - dmin * minimum
+    q5_k  as q4_k, with 32 bytes of fifth bits before the nibbles
+    q6_k  128 bytes of nibbles, 64 bytes of pairs above them, 16 int8 scales, fp16 d
+                                                                            d * scale * (code - 32)
 
-q4_k's minima are taken off and our zeros are added: what we hold is -dmin.
+q2_k, q4_k and q5_k stand for d * scale * code - dmin * minimum; our zeros are added, so what we hold is -dmin.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -20,43 +30,70 @@ from halfbyte.errors import InputError
 from halfbyte.formats import FORMATS, Format
 from halfbyte.qtensor import QTensor, check_parts, pack, unpack
 
-_SUPER = 256  # numbers in a super-block of q4_k
-_SIZES = {
-    "q4_0": (32, 18),
-    "q4_1": (32, 20),
-    "q8_0": (32, 34),
-    "q4_k": (_SUPER, 144),
-}  # numbers, bytes of a block
+
+@dataclass(frozen=True)
+class Block:
+    """One kind of block. fields: what its bytes are, in order, each with how many.
+
+    d, dmin: fp16 factors; e: an exponent of 2; whole: a code a byte; pairs: 2 bits of each code, of a K-quant's 4 to
+    a byte; nibbles: 4 bits; fifth, third: the highest bit; scales: as the type packs them.
+    """
+
+    numbers: int
+    fields: tuple[tuple[str, int], ...]
+    run: int = 32  # the low nibbles are `run` codes, the high ones the next `run`
+
+    @property
+    def size(self) -> int:
+        return sum(n for _, n in self.fields)
+
+    def split(self, blocks: Tensor) -> dict[str, Tensor]:
+        """uint8 (n, size) -> each field (n, its bytes)."""
+        names = [name for name, _ in self.fields]
+        return dict(zip(names, blocks.split([n for _, n in self.fields], 1), strict=True))
+
+
+_D, _DMIN, _NIBBLES = ("d", 2), ("dmin", 2), ("nibbles", 128)
+BLOCKS = {
+    "q4_0": Block(32, (_D, ("nibbles", 16)), 16),
+    "q4_1": Block(32, (_D, ("m", 2), ("nibbles", 16)), 16),
+    "q5_0": Block(32, (_D, ("fifth", 4), ("nibbles", 16)), 16),
+    "q5_1": Block(32, (_D, ("m", 2), ("fifth", 4), ("nibbles", 16)), 16),
+    "q8_0": Block(32, (_D, ("whole", 32))),
+    "iq4_nl": Block(32, (_D, ("nibbles", 16)), 16),
+    "mxfp4": Block(32, (("e", 1), ("nibbles", 16)), 16),
+    "q2_k": Block(256, (("scales", 16), ("pairs", 64), _D, _DMIN)),
+    "q3_k": Block(256, (("third", 32), ("pairs", 64), ("scales", 12), _D)),
+    "q4_k": Block(256, (_D, _DMIN, ("scales", 12), _NIBBLES)),
+    "q5_k": Block(256, (_D, _DMIN, ("scales", 12), ("fifth", 32), _NIBBLES)),
+    "q6_k": Block(256, (_NIBBLES, ("pairs", 64), ("scales", 16), _D), 64),
+}
 
 
 def row_bytes(f: Format, n: int) -> int:
     """Bytes of a row of n numbers. Raises InputError for a format that ggml lacks, or a part of a block."""
-    if f.name not in _SIZES or f != FORMATS[f.name]:
-        raise InputError(f"ggml has no block for {f.name}; halfbyte knows {', '.join(_SIZES)}.")
-    numbers, size = _SIZES[f.name]
-    if n % numbers:
-        raise InputError(f"{f.name}: ggml's blocks of {numbers} do not divide rows of {n}.")
-    return n // numbers * size
+    if f.name not in BLOCKS or f != FORMATS[f.name]:
+        raise InputError(f"ggml has no block for {f.name}; halfbyte knows {', '.join(BLOCKS)}.")
+    block = BLOCKS[f.name]
+    if n % block.numbers:
+        raise InputError(f"{f.name}: ggml's blocks of {block.numbers} do not divide rows of {n}.")
+    return n // block.numbers * block.size
 
 
 def to_blocks(q: QTensor) -> Tensor:
     """q of shape (..., in) -> uint8 (rows, bytes of a row). Raises InputError as `row_bytes` does."""
-    size = row_bytes(q.format, q.shape[-1])
-    rows, parts = prod(q.shape[:-1]), q.tensors()
-    match q.format.name:
-        case "q4_0" | "q4_1":
-            halves = [_bytes(parts[k]) for k in ("scale", "zero") if k in parts]
-            blocks = torch.cat([*halves, _nibbles(q.codes.reshape(-1, 32))], 1)
-        case "q8_0":
-            # two's complement is the offset code with its highest bit turned
-            blocks = torch.cat([_bytes(parts["scale"]), q.codes.reshape(-1, 32) ^ 128], 1)
-        case _:
-            scales = unpack(parts["scale.codes"].reshape(-1, 6), 6, 8)
-            minima = unpack(parts["zero.codes"].reshape(-1, 6), 6, 8)
-            d, dmin = _bytes(parts["scale.scale"]), _bytes(-parts["zero.scale"])
-            codes = _nibbles(q.codes.reshape(-1, 64)).reshape(-1, 128)
-            blocks = torch.cat([d, dmin, _six_bits(scales, minima), codes], 1)
-    return blocks.reshape(rows, size)
+    size, f = row_bytes(q.format, q.shape[-1]), q.format
+    rows, parts, block = prod(q.shape[:-1]), q.tensors(), BLOCKS[f.name]
+    fields = _fields_of_codes(q.codes.reshape(-1, block.numbers), f, block)
+    if isinstance(f.scale, Format):
+        fields |= {"d": _bytes(parts["scale.scale"]), "scales": _pack_scales(q)}
+        if f.zero is not None:
+            fields["dmin"] = _bytes(-parts["zero.scale"])
+    elif f.scale == "float16":
+        fields |= {field: _bytes(parts[k]) for k, field in (("scale", "d"), ("zero", "m")) if k in parts}
+    else:
+        fields["e"] = parts["scale"].reshape(-1, 1).view(torch.uint8)
+    return torch.cat([fields[name] for name, _ in block.fields], 1).reshape(rows, size)
 
 
 def from_blocks(data: Tensor, f: Format, shape: tuple[int, ...], dtype: torch.dtype) -> QTensor:
@@ -67,25 +104,18 @@ def from_blocks(data: Tensor, f: Format, shape: tuple[int, ...], dtype: torch.dt
     size = prod(shape[:-1]) * row_bytes(f, shape[-1] if shape else 1)
     if data.dtype != torch.uint8 or data.numel() != size:
         raise InputError(f"{f.name} of shape {shape} needs {size} bytes, not {data.numel()} of {data.dtype}.")
-    blocks = data.reshape(-1, _SIZES[f.name][1])
-    groups = f.groups(shape)
-    parts: dict[str, Tensor | QTensor]
-    match f.name:
-        case "q4_0":
-            parts = {"codes": _codes(blocks[:, 2:]), "scale": _halves(blocks[:, :2], groups)}
-        case "q4_1":
-            parts = {"codes": _codes(blocks[:, 4:]), "scale": _halves(blocks[:, :2], groups)}
-            parts["zero"] = _halves(blocks[:, 2:4], groups)
-        case "q8_0":
-            parts = {"codes": blocks[:, 2:] ^ 128, "scale": _halves(blocks[:, :2], groups)}
-        case _:
-            scales, minima = _from_six_bits(blocks[:, 4:16])
-            parts = {"codes": _codes(blocks[:, 16:].reshape(-1, 32))}
-            parts["scale"] = _nested(f.scale, groups, scales, blocks[:, :2])
-            parts["zero"] = _nested(f.zero, groups, minima, blocks[:, 2:4], sign=-1)
-    codes = parts["codes"]
-    assert isinstance(codes, Tensor)
-    parts["codes"] = pack(codes.reshape(shape), f.bits)
+    block = BLOCKS[f.name]
+    fields, groups = block.split(data.reshape(-1, block.size)), f.groups(shape)
+    parts: dict[str, Tensor | QTensor] = {"codes": pack(_codes_of_fields(fields, f, block).reshape(shape), f.bits)}
+    if isinstance(f.scale, Format):
+        scales, minima = _unpack_scales(fields["scales"], f)
+        parts["scale"] = _nested(f.scale, groups, scales, fields["d"])
+        if minima is not None:
+            parts["zero"] = _nested(f.zero, groups, minima, fields["dmin"], sign=-1)
+    elif f.scale == "float16":
+        parts |= {k: _halves(fields[field], groups) for k, field in (("scale", "d"), ("zero", "m")) if field in fields}
+    else:
+        parts["scale"] = fields["e"].contiguous().view(torch.float8_e8m0fnu).reshape(groups)
     return check_parts(QTensor(f, shape, dtype, parts))
 
 
@@ -99,18 +129,96 @@ def _halves(data: Tensor, shape: tuple[int, ...]) -> Tensor:
     return data.contiguous().view(torch.float16).reshape(shape)
 
 
-def _nibbles(codes: Tensor) -> Tensor:
-    """uint8 (n, 2m) -> (n, m): the first half in the low nibbles, the second in the high ones."""
-    low, high = codes.chunk(2, 1)
-    return low | (high << 4)
+# Codes: a block's bits lie apart, low ones and high ones in fields of their own.
 
 
-def _codes(nibbles: Tensor) -> Tensor:
-    """The inverse of `_nibbles`."""
-    return torch.cat([nibbles & 15, nibbles >> 4], 1)
+def _fields_of_codes(codes: Tensor, f: Format, block: Block) -> dict[str, Tensor]:
+    """uint8 (n, numbers) -> the fields that hold codes."""
+    names = dict(block.fields)
+    if "whole" in names:
+        return {"whole": codes ^ 128}  # two's complement is the offset code with its highest bit turned
+    out = {}
+    if "nibbles" in names:
+        low, high = (codes & 15).unflatten(1, (-1, 2, block.run)).unbind(2)
+        out["nibbles"] = (low | (high << 4)).flatten(1)
+    if "pairs" in names:
+        out["pairs"] = _pack_runs((codes >> 4) if "nibbles" in names else (codes & 3), 2)
+    if "fifth" in names:
+        fifth = codes >> 4
+        out["fifth"] = pack(fifth, 1) if block.numbers == 32 else _pack_runs(fifth, 1)
+    if "third" in names:
+        out["third"] = _pack_runs(codes >> 2, 1)
+    return out
 
 
-def _six_bits(scales: Tensor, minima: Tensor) -> Tensor:
+def _codes_of_fields(fields: dict[str, Tensor], f: Format, block: Block) -> Tensor:
+    """The inverse: uint8 (n, numbers)."""
+    if "whole" in fields:
+        return fields["whole"] ^ 128
+    codes = torch.zeros((), dtype=torch.uint8)
+    if "nibbles" in fields:
+        runs = fields["nibbles"].unflatten(1, (-1, block.run))
+        codes = torch.stack((runs & 15, runs >> 4), 2).flatten(1)
+    if "pairs" in fields:
+        pairs = _unpack_runs(fields["pairs"], 2)
+        codes = codes | (pairs << 4) if "nibbles" in fields else pairs
+    if "fifth" in fields:
+        fifth = fields["fifth"]
+        codes = codes | ((unpack(fifth, 1, 32) if block.numbers == 32 else _unpack_runs(fifth, 1)) << 4)
+    if "third" in fields:
+        codes = codes | (_unpack_runs(fields["third"], 1) << 2)
+    return codes
+
+
+def _pack_runs(codes: Tensor, bits: int) -> Tensor:
+    """Small codes of a super-block, uint8 (n, 256) -> (n, 32 * bits): a byte holds one code each of 8/bits runs of 32,
+    the first in its lowest bits."""
+    runs = codes.unflatten(1, (bits, 8 // bits, 32)) << (bits * torch.arange(8 // bits, dtype=torch.uint8))[:, None]
+    return runs.sum(2, dtype=torch.uint8).flatten(1)
+
+
+def _unpack_runs(data: Tensor, bits: int) -> Tensor:
+    """The inverse of `_pack_runs`."""
+    shifts = (bits * torch.arange(8 // bits, dtype=torch.uint8))[:, None]
+    return ((data.unflatten(1, (bits, 1, 32)) >> shifts) & ((1 << bits) - 1)).flatten(1)
+
+
+# Scales and minima of super-blocks.
+
+
+def _pack_scales(q: QTensor) -> Tensor:
+    """The scales, and minima, of a K-quant -> uint8 (blocks, bytes of "scales")."""
+    f, tensors = q.format, q.tensors()
+    assert isinstance(f.scale, Format)
+    n, bits = int(f.scale.group), f.scale.bits
+    found = [
+        unpack(tensors[k].reshape(-1, n * bits // 8), bits, n) for k in ("scale.codes", "zero.codes") if k in tensors
+    ]
+    match f.name:
+        case "q6_k":
+            return found[0] ^ 128
+        case "q3_k":
+            return _pack_sixteen(found[0])
+        case "q2_k":
+            return found[0] | (found[1] << 4)
+        case _:
+            return _pack_eights(*found)
+
+
+def _unpack_scales(data: Tensor, f: Format) -> tuple[Tensor, Tensor | None]:
+    """The inverse: codes (blocks, scales of a block) of scales and minima."""
+    match f.name:
+        case "q6_k":
+            return data ^ 128, None
+        case "q3_k":
+            return _unpack_sixteen(data), None
+        case "q2_k":
+            return data & 15, data >> 4
+        case _:
+            return _unpack_eights(data)
+
+
+def _pack_eights(scales: Tensor, minima: Tensor) -> Tensor:
     """6-bit scales and minima, uint8 (n, 8) each -> (n, 12).
 
     The first four of each are whole, in the low bits of bytes 0-3 and 4-7; of the last four, the low nibbles
@@ -121,16 +229,29 @@ def _six_bits(scales: Tensor, minima: Tensor) -> Tensor:
     return torch.cat([whole | (top << 6), (scales[:, 4:] & 15) | ((minima[:, 4:] & 15) << 4)], 1)
 
 
-def _from_six_bits(data: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse of `_six_bits`."""
+def _unpack_eights(data: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `_pack_eights`."""
     whole, top, low = data[:, :8] & 63, (data[:, :8] >> 6) << 4, data[:, 8:]
     scales = torch.cat([whole[:, :4], (low & 15) | top[:, :4]], 1)
     minima = torch.cat([whole[:, 4:], (low >> 4) | top[:, 4:]], 1)
     return scales, minima
 
 
+def _pack_sixteen(scales: Tensor) -> Tensor:
+    """6-bit scales, uint8 (n, 16) -> (n, 12): the low nibbles of 0-7 and 8-15 side by side in bytes 0-7, the high two
+    bits of scale i in byte 8 + i % 4."""
+    low, high = scales & 15, (scales >> 4).unflatten(1, (4, 4)) << (2 * torch.arange(4, dtype=torch.uint8))[:, None]
+    return torch.cat([low[:, :8] | (low[:, 8:] << 4), high.sum(1, dtype=torch.uint8)], 1)
+
+
+def _unpack_sixteen(data: Tensor) -> Tensor:
+    """The inverse of `_pack_sixteen`."""
+    high = (data[:, None, 8:] >> (2 * torch.arange(4, dtype=torch.uint8))[:, None]) & 3
+    return torch.cat([data[:, :8] & 15, data[:, :8] >> 4], 1) | (high.flatten(1) << 4)
+
+
 def _nested(f: object, shape: tuple[int, ...], codes: Tensor, d: Tensor, sign: int = 1) -> QTensor:
-    """A super-block's scales or minima, uint8 (n, 8), with their fp16 factor as bytes (n, 2)."""
+    """A super-block's scales or minima, uint8 (n, scales), with their fp16 factor as bytes (n, 2)."""
     assert isinstance(f, Format)
-    packed = pack(codes, 6).reshape(*shape[:-1], -1) if codes.numel() else pack(codes.reshape(shape), 6)
+    packed = pack(codes, f.bits).reshape(*shape[:-1], -1) if codes.numel() else pack(codes.reshape(shape), f.bits)
     return QTensor(f, shape, torch.float32, {"codes": packed, "scale": sign * _halves(d, f.groups(shape))})

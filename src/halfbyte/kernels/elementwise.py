@@ -109,7 +109,7 @@ def qparams(w: Tensor, f: Format, how: str | None = None) -> QParams:
     scale = torch.empty(shape)
     zeros = torch.empty(shape) if of == "range" else None
     finite = _cpu.search(
-        of, w.numel(), _group(f, tuple(w.shape)), _typed(w), side, widen, f.flat, span(scale),
+        of, w.numel(), _group(f, tuple(w.shape)), _typed(w), side, widen, f.keeps_zero, span(scale),
         None if zeros is None else zero, None if zeros is None else span(zeros), torch.get_num_threads(),
     )  # fmt: skip
     if not finite:

@@ -24,7 +24,7 @@ def qparams(w: Tensor, f: Format, how: str | None = None, weight: Tensor | None 
     "percentile-99.9" clips the outer 0.1%; None is the format's own default. weight: float (in,), the importance
     of each input's squared error, for the two searches.
 
-    A group of zeros, or an empty tensor, gets scale 1 (0 in bitsandbytes' formats). Raises InputError for NaN,
+    A group of zeros, or an empty tensor, gets scale 1 (0 where `Format.keeps_zero`). Raises InputError for NaN,
     infinity, or an unknown `how`.
     """
     how = how or f.search
@@ -48,7 +48,7 @@ def qparams(w: Tensor, f: Format, how: str | None = None, weight: Tensor | None 
     ]
     scale, zero = (torch.cat(c) if c[0] is not None else None for c in zip(*chunks, strict=True))
     assert scale is not None
-    if not f.flat:  # bitsandbytes keeps the 0
+    if not f.keeps_zero:
         scale = torch.where(scale == 0, 1.0, scale)
     if f.scale == "float8_e8m0fnu" and isinstance(f.grid, Table):
         # OCP MX 1.0, section 6.3: the exponent of the largest magnitude less that of the largest grid value
