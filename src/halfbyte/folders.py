@@ -11,7 +11,7 @@ from pathlib import Path
 from halfbyte.errors import InputError
 
 CHECKPOINT = "checkpoint"
-
+FILES = (".gguf", ".onnx")  # outputs that are one file
 
 _OURS = ("halfbyte.json", "ledger.json")  # what a folder that halfbyte wrote holds
 
@@ -22,7 +22,10 @@ def check_free(target: Path, overwrite: bool = False, *sources: str | Path | Non
     full = target.resolve()
     if target.exists() and not overwrite:
         raise InputError(f"{target} exists already; choose another -o, or add --overwrite to replace it.")
-    if target.exists():
+    if target.is_file() and target.suffix in FILES:
+        if same := [s for s in sources if s is not None and Path(s).resolve() == full]:
+            raise InputError(f"{target} cannot be replaced: {same[0]} is what is read; choose another -o.")
+    elif target.exists():
         if not target.is_dir() or (any(target.iterdir()) and not any((target / n).exists() for n in _OURS)):
             raise InputError(f"{target} is nothing that halfbyte wrote; remove it yourself if it can go.")
         if inside := [s for s in sources if s is not None and Path(s).resolve().is_relative_to(full)]:
@@ -65,3 +68,19 @@ def whole(target: Path, overwrite: bool = False, resume: bool = False) -> Iterat
         # the old result goes only once the new one is complete
         shutil.rmtree(target)
     partial.rename(target)
+
+
+@contextmanager
+def whole_file(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yields `NAME.partial.SUFFIX`, a file to be written that becomes `target` when the block ends well, and is removed
+    when it raises. Raises InputError as `check_free` does."""
+    check_free(target, overwrite)
+    target = target.resolve()
+    partial = target.with_name(f"{target.stem}.partial{target.suffix}")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        partial.replace(target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -10,9 +10,9 @@ from torch import nn
 from halfbyte.errors import InputError
 from halfbyte.formats import Format
 from halfbyte.layers import Codes, Weight, ops
-from halfbyte.models import roles, tied
+from halfbyte.models import parts, roles, tied
 from halfbyte.qtensor import stored_bytes
-from halfbyte.scheme import Scheme
+from halfbyte.scheme import Mix, Scheme
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,14 @@ def inventory(model: nn.Module) -> list[Entry]:
     return entries
 
 
-def plan(model: nn.Module, scheme: Scheme) -> list[Entry]:
-    """The inventory with what `scheme` makes of it. Raises InputError for a group that does not fit, and for
+def plan(model: nn.Module, chosen: Scheme | Mix) -> list[Entry]:
+    """The inventory with what a scheme makes of it. Raises InputError for a group that does not fit, and for
     matrices that would stay as they are without a rule that names them (fused experts, convolutions)."""
+    scheme = chosen.on(parts(model)) if isinstance(chosen, Mix) else chosen
     out, unnamed = [], []
     known = {f"{name}.weight" for name, _ in ops(model)}
     for e in inventory(model):
-        module = e.name.removesuffix(".weight")
+        module = (e.tied_to or e.name).removesuffix(".weight")
         if e.name not in known:
             rule = next((r for r in scheme.rules if r.matches(e.name, e.role)), None)
             if len(e.shape) > 1 and (rule is None or rule.weight is not None):

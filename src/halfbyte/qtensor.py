@@ -165,16 +165,20 @@ class QTensor:
 
     @property
     def has_rows(self) -> bool:
-        """Whether rows can be taken alone: each has its own whole groups, and no scale is quantized."""
-        plain = not any(isinstance(p, QTensor) for p in self.parts.values()) and self.format.group != "tensor"
-        return plain and len(self.shape) == 2 and not (self.format.flat and self.shape[1] % self._group_length())
+        """Whether rows can be taken alone: each has its own whole groups, and those of its scales. A kernel's layout
+        has only rows of plain scales."""
+        if len(self.shape) != 2 or self.format.group == "tensor" or self.format.center:
+            return False
+        nested = [p for p in self.parts.values() if isinstance(p, QTensor)]
+        if nested and self.laid_out is not None:
+            return False
+        return all(p.has_rows for p in nested) and not (self.format.flat and self.shape[1] % self._group_length())
 
     def rows(self, index: Tensor) -> QTensor:
         """Rows of a matrix, by an integer index of any shape: shape (*index.shape, in). Needs `has_rows`."""
 
-        def take(part: Tensor | QTensor) -> Tensor:
-            assert isinstance(part, Tensor)
-            return part.reshape(self.shape[0], -1)[index]
+        def take(part: Tensor | QTensor) -> Tensor | QTensor:
+            return part.rows(index) if isinstance(part, QTensor) else part.reshape(self.shape[0], -1)[index]
 
         parts: dict[str, Tensor | QTensor] = (
             {k: take(p) for k, p in self.parts.items()} if self.laid_out is None else {**self.laid_out.rows(index)}

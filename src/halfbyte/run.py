@@ -22,7 +22,7 @@ from halfbyte.formats import Format
 from halfbyte.layers import Grid, Linear, Op, ops, weights
 from halfbyte.models import Loaded
 from halfbyte.plan import inventory, plan, totals
-from halfbyte.scheme import Scheme, custom, scheme
+from halfbyte.scheme import Mix, Scheme, custom, scheme
 from halfbyte.solvers import Solver, solver
 from halfbyte.train import Log
 
@@ -113,7 +113,7 @@ class Run:
         if getattr(self.model, "generation_config", None) is not None:
             self.model.generation_config.save_pretrained(folder)
 
-    def holds(self, chosen: Scheme) -> None:
+    def holds(self, chosen: Scheme | Mix) -> None:
         """Raises InputError now, rather than when saving, if no folder layout holds what the scheme makes."""
         sites = {e.name: (e.after, e.role) for e in plan(self.model, chosen) if e.after is not None}
         if sites:
@@ -206,7 +206,7 @@ def attach_from(run: Run, path: Path) -> None:
     run.notes["adapter"] = {"adapter": "lora", **settings}
 
 
-def see_through(run: Run, chosen: Scheme, how: str = "minmax") -> None:
+def see_through(run: Run, chosen: Scheme | Mix, how: str = "minmax") -> None:
     """Gives every weight that the scheme quantizes a grid, and its op the input format."""
     by_name = dict(ops(run.model))
     for e in plan(run.model, chosen):
@@ -219,7 +219,7 @@ def see_through(run: Run, chosen: Scheme, how: str = "minmax") -> None:
 
 @torch.no_grad()
 def freeze(
-    run: Run, chosen: Scheme, by: Solver, batches: list[data.Batch] | None = None,
+    run: Run, chosen: Scheme | Mix, by: Solver, batches: list[data.Batch] | None = None,
     on_block: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:  # fmt: skip
     """Makes codes of every weight that the scheme quantizes. Raises InputError before any is touched if one
@@ -242,9 +242,9 @@ def _set_input(op: Op, f: Format | None) -> None:
         op.input = f
 
 
-def to_scheme(given: Any, group_size: int | None = None) -> Scheme:
+def to_scheme(given: Any, group_size: int | None = None) -> Scheme | Mix:
     """A scheme's name, a Scheme, or a recipe's own list of rules {match, weight, input, why}. Raises InputError."""
-    if isinstance(given, str | Scheme):
+    if isinstance(given, str | Scheme | Mix):
         return scheme(given, group_size)
     own = custom(given)
     return own if group_size is None else own.with_group(group_size)

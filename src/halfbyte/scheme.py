@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,6 +86,106 @@ class Scheme:
         return replace(self, name=f"{self.name}-g{group}", rules=rules, fits=False)
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a mix must know of a weight: its place in GGUF's terms (attn_v, ffn_down, token_embd, output ...), its
+    layer and how many there are, its inputs, and how many heads share a key."""
+
+    name: str
+    place: str
+    layer: int
+    layers: int
+    inputs: int
+    sharing: int = 1
+
+
+Which = Callable[[Part], bool]
+
+
+def _all(part: Part) -> bool:
+    return True
+
+
+def _first(share: int) -> Which:
+    return lambda part: part.layer < part.layers // share
+
+
+def _before(n: int) -> Which:
+    return lambda part: part.layer < n
+
+
+def _more(part: Part) -> bool:
+    """The layers at both ends, and every third between."""
+    eighth = part.layers // 8
+    return part.layer < eighth or part.layer >= 7 * part.layers // 8 or (part.layer - eighth) % 3 == 2
+
+
+def _shared(part: Part) -> bool:
+    """Where at least 4 heads share a key and a value."""
+    return part.sharing >= 4
+
+
+@dataclass(frozen=True)
+class Mix:
+    """One of the mixes that llama.cpp's users know by name: a format for all, better ones at some places. What it
+    makes of a model depends on the model's layers, so it becomes a Scheme only there.
+
+    better: (place, which of those, format), the first that meets. head: of the head, or of the embedding that is one.
+    """
+
+    name: str
+    base: str
+    better: tuple[tuple[str, Which, str], ...] = ()
+    head: str = "q6_k"
+
+    def on(self, parts: Sequence[Part]) -> Scheme:
+        """The scheme for a model of these parts: a rule for each."""
+        head = next((p.name for p in parts if p.place == "output"), None)
+        head = head or next((p.name for p in parts if p.place == "token_embd"), None)
+        return Scheme(self.name, tuple(self._rule(p, p.name == head) for p in parts))
+
+    def _rule(self, part: Part, head: bool) -> Rule:
+        if part.place in ("position_embd", "ffn_gate_inp"):
+            return Rule(re.escape(part.name), None, why=f"{part.place}: small, and never quantized by llama.cpp")
+        name, why = (self.head, "head") if head else (self.base, "")
+        for place, meets, better in () if head else self.better:
+            if place == part.place and meets(part):
+                name, why = better, f"{place}: worth more bits"
+                break
+        f = parse(name)
+        if part.inputs % _SUPER_BLOCK and name in _NARROWER:
+            f, why = parse(_NARROWER[name]), f"{_SUPER_BLOCK} does not divide {part.inputs} inputs"
+        return Rule(re.escape(part.name), f, why=why)
+
+    def notation(self) -> str:
+        return self.name
+
+
+_SUPER_BLOCK = 256
+_NARROWER = {"q2_k": "iq4_nl", "q3_k": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}  # llama.cpp's
+MIXES: dict[str, Mix] = {
+    m.name: m
+    for m in (
+        Mix("Q8_0", "q8_0", head="q8_0"),
+        Mix("Q4_0", "q4_0"), Mix("Q4_1", "q4_1"), Mix("Q5_0", "q5_0"), Mix("Q5_1", "q5_1"), Mix("IQ4_NL", "iq4_nl"),
+        Mix("MXFP4", "mxfp4", head="q8_0"),
+        Mix("Q2_K", "q2_k", (("attn_v", _shared, "q4_k"), ("attn_v", _all, "q3_k"), ("ffn_down", _all, "q3_k"),
+                             ("attn_output", _all, "q3_k"))),
+        Mix("Q3_K_S", "q3_k"),
+        Mix("Q3_K_M", "q3_k", (("attn_v", _before(2), "q5_k"), ("attn_v", _all, "q4_k"), ("attn_qkv", _all, "q4_k"),
+                               ("ffn_down", _first(16), "q5_k"), ("ffn_down", _all, "q4_k"),
+                               ("attn_output", _all, "q4_k"))),
+        Mix("Q3_K_L", "q3_k", (("attn_v", _all, "q5_k"), ("attn_qkv", _all, "q4_k"), ("ffn_down", _all, "q5_k"),
+                               ("attn_output", _all, "q5_k"))),
+        Mix("Q4_K_S", "q4_k", (("attn_v", _before(4), "q5_k"), ("ffn_down", _first(8), "q5_k"))),
+        Mix("Q4_K_M", "q4_k", (("attn_v", _more, "q6_k"), ("ffn_down", _more, "q6_k"), ("attn_qkv", _all, "q5_k"))),
+        Mix("Q5_K_S", "q5_k"),
+        Mix("Q5_K_M", "q5_k", (("attn_v", _more, "q6_k"), ("ffn_down", _more, "q6_k"), ("attn_qkv", _all, "q6_k"))),
+        Mix("Q6_K", "q6_k"),
+    )
+}  # fmt: skip
+
+
 def _largest_divisor(n: int, most: int) -> int:
     return next(g for g in range(min(n, most), 0, -1) if n % g == 0)
 
@@ -123,22 +224,29 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 
-def scheme(name: str | Scheme, group_size: int | None = None) -> Scheme:
-    """A scheme by preset name (any case) or by a format's name: that format on every linear layer, embeddings,
-    head and routers kept. Raises InputError with the nearest name for one that is unknown."""
-    if isinstance(name, Scheme):
-        found = name
-    else:
-        found = next((s for n, s in SCHEMES.items() if n.lower() == name.lower().replace("-", "_")), None)
-        if found is None and name.lower() in FORMATS:
-            found = _uniform(name.lower(), name.lower())
-        if found is None:
-            known = [*SCHEMES, *FORMATS]
-            near = difflib.get_close_matches(name.lower(), [k.lower() for k in known], 1, 0.3)
-            nearest = next((k for k in known if near and k.lower() == near[0]), None)
-            hint = f"; did you mean {nearest}?" if nearest else "."
-            raise InputError(f"{name!r} is no scheme{hint} Schemes are {', '.join(SCHEMES)}, or any format's name.")
-    return found if group_size is None else found.with_group(group_size)
+def scheme(name: str | Scheme | Mix, group_size: int | None = None) -> Scheme | Mix:
+    """A scheme or a mix by preset name (any case) or by a format's name: that format on every linear layer,
+    embeddings, head and routers kept. Raises InputError with the nearest name for one that is unknown."""
+    found = name if isinstance(name, Scheme | Mix) else _named(name)
+    if group_size is None:
+        return found
+    if isinstance(found, Mix):
+        raise InputError(f"--group-size {group_size}: the groups of {found.name} are part of its formats.")
+    return found.with_group(group_size)
+
+
+def _named(name: str) -> Scheme | Mix:
+    for table in (SCHEMES, MIXES):
+        for n, s in table.items():
+            if n.lower() == name.lower().replace("-", "_"):
+                return s
+    if name.lower() in FORMATS:
+        return _uniform(name.lower(), name.lower())
+    known = [*SCHEMES, *MIXES, *FORMATS]
+    near = difflib.get_close_matches(name.lower(), [k.lower() for k in known], 1, 0.3)
+    nearest = next((k for k in known if near and k.lower() == near[0]), None)
+    hint = f"; did you mean {nearest}?" if nearest else "."
+    raise InputError(f"{name!r} is no scheme{hint} Schemes are {', '.join([*SCHEMES, *MIXES])}, or any format's name.")
 
 
 def custom(rules: Any) -> Scheme:

@@ -14,7 +14,7 @@ import typer
 
 from halfbyte.errors import BudgetExceeded, Diverged, InputError
 
-VERBS = ("demo", "quantize", "train", "merge", "evaluate", "generate", "plan", "inspect", "run", "doctor")
+VERBS = ("demo", "quantize", "train", "merge", "evaluate", "generate", "export", "plan", "inspect", "run", "doctor")
 _USAGE: type[Exception] = typer.BadParameter.__mro__[2]  # the parser's own complaints: click's ClickException
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)

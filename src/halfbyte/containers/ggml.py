@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import InputError
-from halfbyte.formats import FORMATS, Format
+from halfbyte.formats import FORMATS, Format, Integers
 from halfbyte.qtensor import QTensor, check_parts, pack, unpack
 
 
@@ -78,6 +78,25 @@ def row_bytes(f: Format, n: int) -> int:
     if n % block.numbers:
         raise InputError(f"{f.name}: ggml's blocks of {block.numbers} do not divide rows of {n}.")
     return n // block.numbers * block.size
+
+
+_SAME = {"int4": "q4_0", "int5": "q5_0", "int8": "q8_0"}  # symmetric integers: ggml's name in groups of 32
+
+
+def fitting(q: QTensor) -> QTensor | None:
+    """The same values in one of ggml's blocks, codes and scales unchanged; None if none has them. Symmetric integers
+    in longer groups fit where fp16 holds their scales exactly: each scale is then stored once for every 32."""
+    if q.format.name in BLOCKS and q.format == FORMATS[q.format.name]:
+        return q if q.shape[-1] % BLOCKS[q.format.name].numbers == 0 else None
+    f, scale = q.format, q.parts["scale"]
+    name = _SAME.get(f.name.split("-")[0]) if isinstance(f.grid, Integers) and f.zero is None else None
+    if name is None or f.flat or f.group == "tensor" or not isinstance(scale, Tensor) or not q.shape[-1]:
+        return None
+    group, halves = q.shape[-1] // scale.shape[-1], scale.half()
+    if group % 32 or not torch.equal(halves.float(), scale.float()):
+        return None
+    parts = {"codes": q.canonical().parts["codes"], "scale": halves.repeat_interleave(group // 32, -1)}
+    return QTensor(FORMATS[name], q.shape, q.dtype, parts)
 
 
 def to_blocks(q: QTensor) -> Tensor:

@@ -59,7 +59,7 @@ class File:
         return iter(self.infos)
 
     def text(self, key: str, default: str | None = None) -> str:
-        """A string of the metadata. Raises InputError for one that is missing, where there is no default, or is none."""
+        """A string of the metadata. Raises InputError for one that is missing and has no default, or is none."""
         value = self.metadata.get(key, default)
         if not isinstance(value, str):
             raise InputError(f"{self.path}: its metadata lacks the text {key}.")
@@ -141,7 +141,9 @@ class _Reader:
         return _type_name(kind) or self._unknown(name, kind), shape, offset
 
     def _unknown(self, name: str, kind: int) -> str:
-        raise self.fail(f"the tensor {name[:80]!r} is of type {kind}, which neither halfbyte nor the gguf package knows")
+        raise self.fail(
+            f"the tensor {name[:80]!r} is of type {kind}, which neither halfbyte nor the gguf package knows"
+        )
 
     def placed(self, heads: Mapping[str, tuple[str, tuple[int, ...], int]], start: int) -> dict[str, Info]:
         """Tensors with their sizes; within the file and apart from each other."""
@@ -254,7 +256,9 @@ def write(
         if row is None:
             raise InputError(f"{name}: rows of {shape[-1]} are no whole blocks of {kind}.")
         size = prod(shape[:-1]) * row
-        writer.add_tensor_info(name, (*shape[:-1], row), np.dtype(np.uint8), size, gguf.GGMLQuantizationType[kind.upper()])
+        writer.add_tensor_info(
+            name, (*shape[:-1], row), np.dtype(np.uint8), size, gguf.GGMLQuantizationType[kind.upper()]
+        )
     try:
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()

@@ -1,10 +1,11 @@
 """Models on disk and in memory: the only importer of transformers' models. A skeleton, its checkpoint, its blocks."""
 
 from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.gguf import parts
 from halfbyte.models.loading import Loaded, is_encoder, load, resolve, skeleton
-from halfbyte.models.saving import save, tensors
+from halfbyte.models.saving import save
 from halfbyte.models.structure import blocks, roles, tied
 
 __all__ = [
-    "Checkpoint", "Loaded", "blocks", "is_encoder", "load", "resolve", "roles", "save", "skeleton", "tensors", "tied",
+    "Checkpoint", "Loaded", "blocks", "is_encoder", "load", "parts", "resolve", "roles", "save", "skeleton", "tied",
 ]  # fmt: skip

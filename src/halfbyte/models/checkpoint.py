@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,23 @@ from halfbyte.qtensor import QTensor
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class Checkpoint:
-    """The tensors of a model on disk, read one at a time; weights come and go by `materialize` and `release`."""
+class Source(Protocol):
+    """Where weights lie, by the names of the model's parameters."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def get(self, name: str, shape: tuple[int, ...], turned: bool = False) -> Tensor | QTensor:
+        """Floats or codes of a parameter, (..., out, in). turned: the model's own checkpoints hold (in, out). Raises
+        InputError for one that cannot be read, or codes that do not fit the shape."""
+        ...
+
+    def input(self, name: str) -> Format | None:
+        """The format that the inputs of a weight are rounded to."""
+        ...
+
+
+class Folder:
+    """The safetensors of a Hugging Face folder: floats, or codes in a layout of CONTAINERS."""
 
     def __init__(self, shards: Shards, names: Mapping[str, str], quantization: Any = None) -> None:
         self.shards, self.names = shards, names
@@ -33,41 +48,66 @@ class Checkpoint:
             self.container = CONTAINERS[method]
             self.formats = self.container.formats(config, set(shards), shards.get)
 
-    def weight(self, module: str, op: Op) -> Tensor | QTensor:
-        """What is stored for the weight of a module: floats in the orientation on disk, codes in the op's own, in
-        which every container keeps them."""
-        stored, shape = self.names[f"{module}.weight"].removesuffix(".weight"), tuple(op.weight.shape)
-        if stored in self.formats:
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def get(self, name: str, shape: tuple[int, ...], turned: bool = False) -> Tensor | QTensor:
+        stored = self._stored(name)
+        if stored in self.formats:  # in which every container keeps the op's own orientation
             assert self.container is not None
             return self.container.decode(stored, self.formats[stored][0], shape, self.shards.get)
-        return self._checked(f"{module}.weight", shape[::-1] if op.transposed else shape)
-
-    def _checked(self, name: str, shape: tuple[int, ...]) -> Tensor:
         t = self.shards.get(self.names[name])
-        if t.dtype not in _FLOATS:
+        return t.T.contiguous() if turned and t.ndim == 2 else t
+
+    def input(self, name: str) -> Format | None:
+        return self.formats.get(self._stored(name), (None, None))[1]
+
+    def _stored(self, name: str) -> str:
+        return self.names[name].removesuffix(".weight") if name.endswith(".weight") else ""
+
+
+class Checkpoint:
+    """The tensors of a model on disk, read one at a time; weights come and go by `materialize` and `release`."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def weight(self, name: str, op: Op) -> Tensor | QTensor:
+        """What is stored for the weight of the op of that name."""
+        return self._checked(f"{name}.weight", tuple(op.weight.shape), op.transposed)
+
+    def floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """What is stored for a parameter that no op stands for: floats, whatever the file has."""
+        value = self._checked(name, shape)
+        return value.dequantize() if isinstance(value, QTensor) else value
+
+    def _checked(self, name: str, shape: tuple[int, ...], turned: bool = False) -> Tensor | QTensor:
+        t = self.source.get(name, shape, turned)
+        if isinstance(t, Tensor) and t.dtype not in _FLOATS:
             raise InputError(f"{name} holds {t.dtype}, which no quantization_config explains.")
         if tuple(t.shape) != tuple(shape):
-            raise InputError(f"{name} has the shape {tuple(t.shape)} on disk; the config makes it {tuple(shape)}.")
+            there, here = (tuple(s)[::-1] if turned else tuple(s) for s in (t.shape, shape))
+            raise InputError(f"{name} has the shape {there} on disk; the config makes it {here}.")
         return t
 
     def materialize(self, model: nn.Module, dtype: torch.dtype | None, prefix: str = "") -> None:
         """Reads every parameter under `prefix` that is on the meta device. dtype None reads the codes' formats
         but keeps the tensors on the meta device."""
         for name, op in ops(model):
-            if not name.startswith(prefix) or f"{name}.weight" not in self.names:
+            if not name.startswith(prefix) or f"{name}.weight" not in self.source:
                 continue
             if op.weight.device.type == "meta" and not isinstance(op.weight.stored, Codes):
                 self._place(name, op, dtype)
             if isinstance(op, Linear):
-                op.input = self.formats.get(self.names[f"{name}.weight"].removesuffix(".weight"), (None, None))[1]
+                op.input = self.source.input(f"{name}.weight")
         if dtype is None:
             return
         for name, p in list(model.named_parameters()):
             if p.device.type != "meta" or not name.startswith(prefix):
                 continue
             owner, _, attribute = name.rpartition(".")
-            if name in self.names:
-                value = self._checked(name, tuple(p.shape)).to(dtype)
+            if name in self.source:
+                value = self.floats(name, tuple(p.shape)).to(dtype)
             else:  # a new classification head
                 value = torch.zeros(p.shape, dtype=dtype)
                 if p.ndim > 1:
@@ -82,7 +122,7 @@ class Checkpoint:
         if isinstance(value, QTensor):
             op.weight.store(value)
         elif dtype is not None:
-            op.weight.store((value.T.contiguous() if op.transposed else value).to(dtype))
+            op.weight.store(value.to(dtype))
 
     def release(self, model: nn.Module, prefix: str) -> None:
         """Puts the float weights under `prefix` back on the meta device."""

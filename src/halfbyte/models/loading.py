@@ -13,17 +13,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from halfbyte.containers.gguf import File
 from halfbyte.containers.shards import Shards, read_json, sha256_of
 from halfbyte.errors import InputError, reason
 from halfbyte.layers import swap
-from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models import gguf, gguf_tokenizer
+from halfbyte.models.checkpoint import Checkpoint, Folder
 
 
 @dataclass
 class Loaded:
     """A model whose linear layers and embeddings are ops, with what belongs to it.
 
-    source: what the user named; path: where it was found on this machine; sha256: of its weight files.
+    source: what the user named; path: where it was found on this machine; sha256: of its weight files; checkpoint:
+    what the weights were, or can be, read from.
     """
 
     model: Any  # a transformers model; typed so since its attributes are its class's own
@@ -31,6 +34,7 @@ class Loaded:
     source: str
     path: Path
     sha256: str = ""
+    checkpoint: Checkpoint | None = None
 
     @property
     def config(self) -> Any:
@@ -75,7 +79,7 @@ def load(
     path = resolve(source, revision)
     _quiet()
     if path.suffix == ".gguf":
-        return _load_gguf(source, path, dtype or torch.bfloat16)
+        return _load_gguf(source, path, dtype or torch.bfloat16, weights)
     if not path.is_dir():
         raise InputError(f"{path} is neither a model's folder nor a .gguf file.")
     config = _config(path)
@@ -92,6 +96,7 @@ def load(
     dtype = torch.float32 if (dtype := dtype or config.dtype) is None else dtype
     config.dtype = dtype
     names = _names(model, shards, path)
+    checkpoint = None
     if names is None:
         if quantization is not None:
             raise InputError(f"{path}: the names of its quantized tensors are not those of {type(model).__name__}.")
@@ -100,9 +105,10 @@ def load(
         swap(model)
     else:
         swap(model)
-        checkpoint = Checkpoint(shards, names, quantization)
+        checkpoint = Checkpoint(Folder(shards, names, quantization))
         checkpoint.materialize(model, dtype if weights else None)
-    return Loaded(model.eval(), _tokenizer(path), str(source), path, shards.sha256() if weights else "")
+    sha256 = shards.sha256() if weights else ""
+    return Loaded(model.eval(), _tokenizer(path), str(source), path, sha256, checkpoint)
 
 
 def _quiet() -> None:
@@ -199,12 +205,29 @@ def _by_transformers(cls: Any, path: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def _load_gguf(source: str | Path, path: Path, dtype: torch.dtype) -> Loaded:
+def _load_gguf(source: str | Path, path: Path, dtype: torch.dtype, weights: bool) -> Loaded:
+    """A file of an architecture that halfbyte knows: its codes as they are. Others by transformers, in floats."""
+    file = File(path)
+    config = gguf.read_config(file)
+    if config is None:
+        return _load_other_gguf(source, path, dtype)
+    config.dtype = dtype
+    try:
+        model = skeleton(config)
+    except Exception as e:
+        raise InputError(f"{path} describes no model that can be made: {reason(e)}") from None
+    stored = gguf.Stored(file, config, dtype)
+    stored.check(dict(model.named_parameters(remove_duplicate=False)))
+    swap(model)
+    checkpoint = Checkpoint(stored)
+    checkpoint.materialize(model, dtype if weights else None)
+    sha256 = sha256_of([path]) if weights else ""
+    return Loaded(model.eval(), gguf_tokenizer.read(file), str(source), path, sha256, checkpoint)
+
+
+def _load_other_gguf(source: str | Path, path: Path, dtype: torch.dtype) -> Loaded:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with open(path, "rb") as f:
-        if f.read(4) != b"GGUF":
-            raise InputError(f"{path} is not a gguf file: it does not begin with GGUF.")
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # the reader's progress bar
             model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)

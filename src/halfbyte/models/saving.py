@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from halfbyte.containers import Container, container_for
 from halfbyte.containers.shards import write_shards
@@ -14,32 +15,61 @@ from halfbyte.formats import Format
 from halfbyte.layers import Codes, Linear, Op, ops
 from halfbyte.models.loading import Loaded
 from halfbyte.models.structure import roles
+from halfbyte.qtensor import QTensor
+
+Value = Tensor | QTensor
 
 
-def tensors(model: nn.Module, container: Container | None) -> Iterator[tuple[str, Tensor]]:
-    """Everything that is saved, by its Hugging Face name: codes as the container encodes them, floats as they are."""
+def parameters(loaded: Loaded) -> Iterator[tuple[str, Op | None, Callable[[], Value]]]:
+    """Everything that is saved, by its Hugging Face name: the op whose weight it is, if any, and what gives its value:
+    codes or floats as they are, in the op's orientation. Called, that reads what is still on disk alone, and keeps
+    none of it."""
+    model = loaded.model
     done: set[int] = set()
     inside: set[str] = set()
     for name, op in ops(model):
         inside.add(f"{name}.weight")
-        if id(op.weight) in done:
-            continue
-        done.add(id(op.weight))
-        if isinstance(op.weight.stored, Codes) and not op.weight.adapters:
-            assert container is not None
-            encoded = container.encode(name, op.weight.stored.q, getattr(op, "input", None))
-            yield from encoded.items()
-        else:
-            value = op.weight.value().detach()
-            yield f"{name}.weight", value.T if op.transposed else value
+        if id(op.weight) not in done:
+            done.add(id(op.weight))
+            yield f"{name}.weight", op, partial(_weight, loaded, name, op)
     for name, m in model.named_modules():
         if _within(name, inside):
             continue
+        at = f"{name}." if name else ""
         for key, p in m.named_parameters(recurse=False):
-            yield f"{name}.{key}" if name else key, p.detach()
+            yield at + key, None, partial(_other, loaded, at + key, p)
         for key, b in m.named_buffers(recurse=False):
             if key not in m._non_persistent_buffers_set:
-                yield f"{name}.{key}" if name else key, b
+                yield at + key, None, partial(_other, loaded, at + key, b)
+
+
+def _weight(loaded: Loaded, name: str, op: Op) -> Value:
+    stored = op.weight.stored
+    if isinstance(stored, Codes) and not op.weight.adapters:
+        return stored.q
+    if op.weight.device.type == "meta":
+        assert loaded.checkpoint is not None
+        value = loaded.checkpoint.weight(name, op)
+        return value if isinstance(value, QTensor) else value.to(loaded.config.dtype)
+    return op.weight.value().detach()
+
+
+def _other(loaded: Loaded, name: str, held: Tensor) -> Tensor:
+    if held.device.type != "meta":
+        return held.detach()
+    assert loaded.checkpoint is not None
+    return loaded.checkpoint.floats(name, tuple(held.shape)).to(loaded.config.dtype)
+
+
+def tensors(loaded: Loaded, container: Container | None) -> Iterator[tuple[str, Tensor]]:
+    """What a Hugging Face folder holds: codes as the container encodes them, floats as transformers has them."""
+    for name, op, get in parameters(loaded):
+        value = get()
+        if isinstance(value, QTensor):
+            assert container is not None
+            yield from container.encode(name.removesuffix(".weight"), value, getattr(op, "input", None)).items()
+        else:
+            yield name, value.T if op is not None and op.transposed else value
 
 
 def _within(name: str, roots: set[str]) -> bool:
@@ -64,7 +94,7 @@ def save(loaded: Loaded, folder: Path) -> Container | None:
         config.quantization_config = container.config(held, kept)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
-    write_shards(folder, tensors(model, container))
+    write_shards(folder, tensors(loaded, container))
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)  # pyright: ignore
     if loaded.tokenizer is not None:

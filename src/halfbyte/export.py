@@ -1,0 +1,181 @@
+"""Exporting: a model -> what other programs run, read back by them and measured before it is kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfbyte import data, evaluate, models, run, sample_data
+from halfbyte.containers import peft
+from halfbyte.errors import BudgetExceeded, InputError
+from halfbyte.folders import whole, whole_file
+from halfbyte.formats import Format
+from halfbyte.kinds import Job, Kind
+from halfbyte.layers import Codes, ops
+from halfbyte.models import Loaded
+from halfbyte.models.gguf_saving import FLOATS
+from halfbyte.plan import inventory, plan
+from halfbyte.run import to_scheme
+
+MAX_KL = 0.02  # of the reader's logits to ours in the same format: above this the file is not what was meant
+Say = Callable[[str], None]
+
+
+@dataclass
+class Exported:
+    """path: what was written. rows: the ledger, (stage, figures); empty where it was not read back."""
+
+    path: Path
+    rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+
+@dataclass
+class Proof:
+    """How an export is held against the model. data: held-out text, records or a file; the packaged sample if None.
+    max_kl: of the reader's logits to ours, mean over tokens."""
+
+    data: Any = None
+    windows: int = 4
+    context: int = evaluate.CONTEXT
+    max_kl: float = MAX_KL
+
+
+def read(source: str | Path, dtype: torch.dtype | None = None, revision: str | None = None) -> Loaded:
+    """Any MODEL, its floats left on disk until they are written. Raises InputError for an adapter: it is merged
+    first."""
+    path = models.resolve(source, revision)
+    if path.is_dir() and (path / peft.CONFIG).exists():
+        raise InputError(f"{source} is an adapter; `halfbyte merge {source} -o MERGED` makes a model of it.")
+    return models.load(source, dtype, revision, weights=False)
+
+
+def prepare(loaded: Loaded, kind: Kind, format: str | None, requantize: bool, say: Say = lambda line: None) -> Job:
+    """Decides what every weight becomes, and says so. format: a scheme, a mix, F32, F16 or BF16; None keeps what is
+    there. Raises InputError, before anything is written, for what the kind cannot hold, and for codes that would have
+    to be quantized anew unless `requantize`."""
+    wanted, floats = _wanted(loaded, format)
+    by_name, formats = dict(ops(loaded.model)), {}
+    carried, anew = 0, []
+    for e in inventory(loaded.model):
+        name = e.name.removesuffix(".weight")
+        op = by_name.get(name)
+        if op is None or e.tied_to:
+            continue
+        if not isinstance(op.weight.stored, Codes):
+            if name in wanted:
+                formats[name] = wanted[name]
+            continue
+        fit = kind.fitting(op.weight.stored.q)
+        if fit is not None and not floats and fit.format == wanted.get(name, fit.format):
+            op.weight.store(fit)
+            carried += 1
+        else:
+            anew.append(name)
+            if name in wanted:
+                formats[name] = wanted[name]
+    if anew:
+        _say_anew(loaded, anew, formats, requantize, floats, say)
+    if carried:
+        say(f"{carried} weights are carried over: codes and scales unchanged")
+    job = Job(loaded, formats, floats)
+    if (why := kind.refuses(job)) is not None:
+        raise InputError(f"{loaded.source} cannot be written as {kind.NAME}: {why}.")
+    return job
+
+
+def _wanted(loaded: Loaded, format: str | None) -> tuple[dict[str, Format], torch.dtype | None]:
+    """op's name -> format, or the dtype that all matrices get."""
+    if format is None:
+        return {}, None
+    if format.upper() in FLOATS:
+        return {}, FLOATS[format.upper()]
+    entries = plan(loaded.model, to_scheme(format))
+    return {e.name.removesuffix(".weight"): e.after for e in entries if e.after is not None and not e.tied_to}, None
+
+
+def _say_anew(
+    loaded: Loaded, anew: list[str], formats: dict[str, Format], requantize: bool, floats: torch.dtype | None, say: Say
+) -> None:
+    stored: Any = dict(ops(loaded.model))[anew[0]].weight.stored
+    becomes = formats[anew[0]].name if anew[0] in formats else str(floats).removeprefix("torch.") if floats else None
+    shown = f"{len(anew)} weights on another grid (such as {anew[0]}: {stored.q.format.name})"
+    if becomes is None:
+        raise InputError(
+            f"{loaded.source} has {shown}, which the target cannot hold; choose a --format and --requantize."
+        )
+    if not requantize:
+        raise InputError(f"{loaded.source} has {shown}; add --requantize to make them {becomes}, which costs accuracy.")
+    say(f"{shown} are quantized anew, to {becomes}: the ledger has the cost")
+
+
+def export(
+    source: str | Path, job: Job, kind: Kind, output: Path, proof: Proof | None, overwrite: bool = False,
+    say: Say = lambda line: None,
+) -> Exported:  # fmt: skip
+    """Writes what was prepared, whole or not at all; reads it back by the kind's own reader and measures it, unless
+    proof is None. Raises BudgetExceeded, and keeps nothing, where the reader computes something else than we do."""
+    done = Exported(output)
+    with (whole_file if kind.SUFFIX else whole)(output, overwrite) as partial:
+        kind.write(job, partial)
+        if proof is None:
+            say("not read back: --no-verify")
+        elif (why := kind.missing()) is not None:
+            say(f"not read back: {kind.READER} is not here; {why}")
+        else:
+            done.rows = _prove(source, partial, kind, proof, say)
+        if not kind.SUFFIX:
+            _write_ledger(partial / evaluate.LEDGER, done.rows)
+    if kind.SUFFIX:
+        _write_ledger(output.with_suffix(".ledger.json"), done.rows)
+    return done
+
+
+def _write_ledger(path: Path, rows: list[tuple[str, dict[str, Any]]]) -> None:
+    if rows:
+        path.write_text(json.dumps([{"stage": stage, **row} for stage, row in rows], indent=1) + "\n")
+
+
+def _prove(source: str | Path, path: Path, kind: Kind, proof: Proof, say: Say) -> list[tuple[str, dict[str, Any]]]:
+    """The reader's rows: against our reading of the same file, and against the model as it was."""
+    ours = run.load(path, torch.float32)
+    records = _records(proof.data)
+    rows = data.encode(records, ours.needs_tokenizer, proof.context, packing=records[0].kind == "text")
+    rows.rows[:] = rows.rows[: proof.windows]
+    context = max(map(len, rows.rows))
+    reader = kind.open(path, context)
+    if difference := kind.differs(reader, ours.tokenizer):
+        raise BudgetExceeded(f"{kind.READER} reads {difference}; nothing was kept.")
+    out = [("read back, against halfbyte", _row(reader, rows, ours.model, ours, path))]
+    kl = out[0][1]["kl_mean"]
+    say(f"read back by {kind.READER}: mean KL to halfbyte's own reading {kl:.2g} on {rows.tokens} tokens")
+    if not kl <= proof.max_kl:
+        raise BudgetExceeded(
+            f"{kind.READER} computes something else than halfbyte does: mean KL {kl:.4f} is above --max-kl "
+            f"{proof.max_kl}; nothing was kept."
+        )
+    before = run.load(source, torch.float32)
+    out.append((f"read back, against {Path(str(source)).name}", _row(reader, rows, before.model, ours, path)))
+    row = out[1][1]
+    say(
+        f"against {source}: perplexity {row['perplexity']:.3f}, mean KL {row['kl_mean']:.4f} +- {row['kl_error']:.4f}, "
+        f"top-1 agreement {100 * row['top1_agreement']:.1f}%"
+    )
+    return out
+
+
+def _records(given: Any) -> list[data.Record]:
+    if given is None:
+        return data.records(sample_data.domain_text()["heldout"])
+    return data.read_records(given) if isinstance(given, str | Path) else list(given)
+
+
+def _row(reader: nn.Module, rows: data.Dataset, reference: nn.Module, ours: run.Run, path: Path) -> dict[str, Any]:
+    row = evaluate.measure(reader, rows, evaluate.Reference(reference), 1)
+    row.bytes, row.bits_per_weight, row.context = run.disk_bytes(path), ours.bits_per_weight(), max(map(len, rows.rows))
+    return row.as_dict()

@@ -1,0 +1,76 @@
+"""What `export` writes: a kind is a file here and a row in KINDS. Each knows what it can hold, how it is written, and
+the program of others that reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from halfbyte.errors import InputError
+from halfbyte.formats import Format
+from halfbyte.kinds import gguf
+from halfbyte.models import Loaded
+from halfbyte.qtensor import QTensor
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be written. formats: op's name -> what its weight is rounded to while it is written. floats: what the
+    others become if they are floats, None for their own dtype."""
+
+    loaded: Loaded
+    formats: Mapping[str, Format] = field(default_factory=dict)
+    floats: torch.dtype | None = None
+    on_tensor: Callable[[int, int], None] = lambda done, total: None
+
+
+class Kind(Protocol):
+    """One thing that models are exported to."""
+
+    NAME: str
+    SUFFIX: str  # of the file that is written; "" for a folder
+    READER: str  # whose reader it is, for messages
+
+    def refuses(self, job: Job) -> str | None:
+        """Why it cannot be written, in words; None if it can. Called before anything is."""
+        ...
+
+    def fitting(self, q: QTensor) -> QTensor | None:
+        """The same values, codes and scales unchanged, in a format that it holds; None if none has them."""
+        ...
+
+    def write(self, job: Job, path: Path) -> None:
+        """Writes the file, or into the existing folder."""
+        ...
+
+    def missing(self) -> str | None:
+        """How to install the reader if it is not there; None if it is."""
+        ...
+
+    def open(self, path: Path, context: int) -> nn.Module:
+        """The reader's model of what was written, whose call gives logits as transformers' does."""
+        ...
+
+    def differs(self, reader: nn.Module, tokenizer: Any) -> str | None:
+        """What the reader's tokenizer reads otherwise than ours, in words; None if it is the same."""
+        ...
+
+
+KINDS: dict[str, Kind] = {k.NAME: k for k in (gguf,)}  # pyright: ignore[reportAssignmentType]
+
+
+def kind(name: str | None, output: Path) -> Kind:
+    """A kind by name, or by the suffix of what is to be written. Raises InputError."""
+    if name is None:
+        found = next((k for k in KINDS.values() if k.SUFFIX and output.suffix == k.SUFFIX), None)
+        if found is None:
+            raise InputError(f"--to is missing, and the name {output} does not tell: it is {', '.join(KINDS)}.")
+        return found
+    if name not in KINDS:
+        raise InputError(f"--to {name}: it is {', '.join(KINDS)}.")
+    return KINDS[name]

@@ -1,0 +1,94 @@
+"""GGUF files, read by llama.cpp."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.containers import ggml
+from halfbyte.models import gguf_saving
+from halfbyte.qtensor import QTensor
+
+if TYPE_CHECKING:
+    from halfbyte.kinds import Job
+
+NAME, SUFFIX = "gguf", ".gguf"
+READER = "llama.cpp, through llama-cpp-python"
+
+
+def refuses(job: Job) -> str | None:
+    """See Kind."""
+    return gguf_saving.refuses(job.loaded, job.formats)
+
+
+def fitting(q: QTensor) -> QTensor | None:
+    """See Kind."""
+    return ggml.fitting(q)
+
+
+def write(job: Job, path: Path) -> None:
+    """See Kind."""
+    gguf_saving.save(job.loaded, path, job.formats, job.floats, job.on_tensor)
+
+
+def missing() -> str | None:
+    """See Kind."""
+    return None if find_spec("llama_cpp") else "pip install llama-cpp-python, which builds llama.cpp in some minutes"
+
+
+def open(path: Path, context: int) -> nn.Module:
+    """See Kind."""
+    return LlamaCpp(path, context)
+
+
+# What tokenizers disagree about: spaces, digits, other scripts, joined emoji, code, special tokens, nothing.
+TEXTS = (
+    "Hello, world!", "  two  spaces, one trailing ", "\ttab\n\nlines\r\n end\n", "1234567890 3.14 1,000 ½ ²³",
+    "don't WON'T it's we'Re", "naïve café Ångström ﬁ", "日本語のテキスト 中文字符 한국어", "Привет, мир! שלום مرحبا नमस्ते",
+    "🙂👩‍👩‍👧‍👦🏳️‍🌈", "def f(x):\n    return x**2  # é\n", "<|im_start|>user\nhi<|im_end|>", "</s><s><unk><pad>",
+    "a\u0301 e\u0301 vs á é", "\u00a0nbsp\u2003em\u200bzero", "http://a.b/c?d=e&f=%20", "    \n  \t \n", "",
+)  # fmt: skip
+
+
+def differs(reader: nn.Module, tokenizer: Any) -> str | None:
+    """See Kind."""
+    assert isinstance(reader, LlamaCpp)
+    for text in TEXTS:
+        ours, theirs = tokenizer(text).input_ids, reader.tokenize(text)
+        if ours != theirs:
+            return f"{text[:40]!r} as the tokens {theirs[:12]}, not {ours[:12]}"
+    return None
+
+
+class LlamaCpp(nn.Module):
+    """A GGUF file in llama.cpp, on the CPU: its logits, tokens and texts."""
+
+    def __init__(self, path: Path, context: int) -> None:
+        super().__init__()
+        import llama_cpp
+
+        threads = torch.get_num_threads()
+        self.llama: Any = llama_cpp.Llama(
+            str(path), n_ctx=context, n_batch=context, n_threads=threads, n_threads_batch=threads, n_gpu_layers=0,
+            logits_all=True, verbose=False,
+        )  # fmt: skip
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Any:
+        """input_ids (rows, n), filled up on the right -> .logits (rows, n, vocabulary) float32, 0 for filling."""
+        rows, n = input_ids.shape
+        lengths = [n] * rows if attention_mask is None else attention_mask.sum(1).tolist()
+        logits = torch.zeros(rows, n, self.llama.n_vocab())
+        for i, length in enumerate(lengths):
+            self.llama.reset()
+            self.llama.eval(input_ids[i, :length].tolist())
+            logits[i, :length] = torch.from_numpy(self.llama.scores[:length])
+        return SimpleNamespace(logits=logits)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a text, special tokens in it read as such; with those that the file says are put around it."""
+        return self.llama.tokenize(text.encode(), add_bos=True, special=True)

@@ -1,0 +1,139 @@
+"""A model -> a GGUF file, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from halfbyte import kernels
+from halfbyte.containers import ggml
+from halfbyte.containers import gguf as container
+from halfbyte.errors import InputError
+from halfbyte.formats import FORMATS, Format
+from halfbyte.layers import Codes, Linear, ops
+from halfbyte.models import gguf, gguf_tokenizer
+from halfbyte.models.loading import Loaded
+from halfbyte.models.saving import Value, parameters
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SOURCE_NAMES = ("general.name", "general.type", "general.quantization_version", "general.file_type")
+
+
+def refuses(loaded: Loaded, formats: Mapping[str, Format]) -> str | None:
+    """Why no GGUF file can hold the model, its ops made codes as `formats` says (op's name -> format), in words."""
+    try:
+        gguf.metadata(loaded.config)
+        for name, op, _ in parameters(loaded):
+            gguf.architecture_of(loaded.config).tensor(name, loaded.config)
+            f = formats.get(name.removesuffix(".weight"), None if op is None else op.weight.format)
+            if f is not None and op is not None:
+                ggml.row_bytes(f, op.weight.shape[-1])
+            if isinstance(op, Linear) and op.input is not None:
+                return f"{name}: its inputs are rounded to {op.input}, which GGUF's readers do not do"
+    except InputError as e:
+        return str(e).rstrip(".")
+    return None
+
+
+def save(
+    loaded: Loaded, path: Path, formats: Mapping[str, Format], floats: torch.dtype | None = None,
+    on_tensor: Callable[[int, int], None] = lambda done, total: None,
+) -> None:  # fmt: skip
+    """Writes the model as a GGUF file. formats: op's name -> what its weight is rounded to, to nearest; the others stay
+    the codes that they are, or floats in `floats` (their own dtype if None). What has one dimension is float32.
+
+    Raises InputError where `refuses` would have said why, and for values that a dtype cannot hold.
+    """
+    if (why := refuses(loaded, formats)) is not None:
+        raise InputError(f"{why}.")
+    config, tokenizer = loaded.config, loaded.tokenizer
+    heads: dict[str, tuple[str, tuple[int, ...]]] = {}
+    values: list[Callable[[], Value]] = []
+    for name, get in _values(loaded, formats, floats):
+        tensor, kind, shape = _head(loaded, name, formats, floats)
+        heads[tensor] = kind, shape
+        values.append(get)
+    extra = dict(gguf.extra_tensors(config))
+    heads |= {n: ("f32", tuple(t.shape)) for n, t in extra.items()}
+
+    def stream() -> Iterator[tuple[str, Value]]:
+        for i, (tensor, get) in enumerate(zip(heads, values, strict=False)):
+            yield tensor, get()
+            on_tensor(i + 1, len(heads))
+        yield from extra.items()
+
+    said = gguf.metadata(config) | _general(loaded, heads)
+    if tokenizer is not None:
+        said |= gguf_tokenizer.metadata(tokenizer, config.vocab_size)
+    container.write(path, said, heads, stream())
+
+
+def _head(
+    loaded: Loaded, name: str, formats: Mapping[str, Format], floats: torch.dtype | None
+) -> tuple[str, str, tuple[int, ...]]:
+    """GGUF's name, type and shape of a parameter."""
+    module, by_name = name.removesuffix(".weight"), dict(ops(loaded.model))
+    op = by_name.get(module)
+    tensor = gguf.architecture_of(loaded.config).tensor(name, loaded.config)
+    if op is None or f"{module}.weight" != name:
+        held = loaded.model.get_parameter(name)
+        shape = tuple(held.shape)
+        return tensor, "f32" if len(shape) == 1 else _kind(floats or loaded.config.dtype), shape
+    shape = tuple(op.weight.shape)
+    f = formats.get(module)
+    if f is None and isinstance(op.weight.stored, Codes) and not op.weight.adapters:
+        f = op.weight.stored.q.format
+    return tensor, _kind(floats or loaded.config.dtype) if f is None else f.name, shape
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return next(k for k, d in container.FLOATS.items() if d == dtype)
+
+
+def _values(
+    loaded: Loaded, formats: Mapping[str, Format], floats: torch.dtype | None
+) -> Iterator[tuple[str, Callable[[], Value]]]:
+    """Parameters' names, and what gives each as the file holds it."""
+    for name, _, get in parameters(loaded):
+
+        def value(name: str = name, get: Callable[[], Value] = get) -> Value:
+            v, f = get(), formats.get(name.removesuffix(".weight"))
+            if f is not None:
+                v = kernels.quantize(v if isinstance(v, Tensor) else v.dequantize(), f)
+            elif isinstance(v, Tensor) and v.ndim > 1:
+                v = _cast(name, v, floats or loaded.config.dtype)
+            return gguf.placed(name, v, loaded.config)[1]
+
+        yield name, value
+
+
+def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    if not value.isfinite().all():
+        raise InputError(f"{name} holds NaN or infinity.")
+    out = value.to(dtype)
+    if not out.isfinite().all():
+        raise InputError(f"{name}: its largest value, {value.abs().max():.4g}, is more than {dtype} holds; use BF16.")
+    return out
+
+
+def _general(loaded: Loaded, heads: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, container.Value]:
+    """Name and kind of the file. file_type: that of most weights, as llama.cpp numbers them."""
+    import gguf as package
+
+    count: Counter[str] = Counter()
+    for kind, shape in heads.values():
+        if len(shape) > 1:
+            count[kind] += shape[0] * shape[-1]
+    most = count.most_common(1)[0][0].upper()
+    named = {"F32": "ALL_F32", "Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M", "Q3_K": "MOSTLY_Q3_K_M"}
+    kind = getattr(package.LlamaFileType, named.get(most, f"MOSTLY_{most}"), None)
+    out: dict[str, container.Value] = {"general.type": "model", "general.name": Path(loaded.source).stem or "model"}
+    if kind is not None:
+        out["general.file_type"] = int(kind)
+    if any(k.lower() in FORMATS for k in count):
+        out["general.quantization_version"] = 2
+    return out

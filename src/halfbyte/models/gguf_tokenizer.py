@@ -1,0 +1,189 @@
+"""Tokenizers in GGUF: a Hugging Face tokenizer -> the metadata that llama.cpp reads one from, and back.
+
+llama.cpp knows two kinds that matter here: byte-level BPE ("gpt2"), whose splitting of text into words goes by a name
+of its own (`tokenizer.ggml.pre`), and SentencePiece ("llama"), whose merges go by scores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from halfbyte.containers.gguf import File, Value
+from halfbyte.errors import InputError, reason
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
+_SPACE = "\u2581"  # SentencePiece's
+_CASELESS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = [rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"]
+_CASED_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@dataclass(frozen=True)
+class Split:
+    """How text is cut into words before byte-level BPE: parts in order, each "digits" (one by one), "words" (GPT-2's
+    own expression, built into the byte-level step) or an expression. whole: a word that is a token is not cut."""
+
+    parts: tuple[str, ...]
+    whole: bool = False
+
+
+# llama.cpp's names (llama-vocab.cpp); of names for the same split, the first is written.
+SPLITS = {
+    "gpt-2": Split(("words",)),
+    "smollm": Split(("digits", "words")),
+    "llama-bpe": Split((rf"{_CASELESS}|{_LETTERS}|\p{{N}}{{1,3}}|{_REST}",), whole=True),
+    "smaug-bpe": Split((rf"{_CASELESS}|{_LETTERS}|\p{{N}}{{1,3}}|{_REST}",)),
+    "qwen2": Split((rf"{_CASELESS}|{_LETTERS}|\p{{N}}|{_REST}",)),
+    "tekken": Split((rf"{'|'.join(_CASED)}|\p{{N}}|{_CASED_REST}",), whole=True),
+    "gpt-4o": Split(("|".join([*(f"{c}{_CASELESS}?" for c in _CASED), r"\p{N}{1,3}", _CASED_REST]),)),
+    "llama3": Split((rf"{_CASELESS}|{_LETTERS}|\p{{N}}{{1,3}}|{_REST}",), whole=True),
+    "starcoder": Split(("digits", "words")),
+    "refact": Split(("digits", "words")),
+    "command-r": Split(("digits", "words")),
+    "deepseek-r1-qwen": Split((rf"{_CASELESS}|{_LETTERS}|\p{{N}}|{_REST}",)),
+}
+
+
+def metadata(tokenizer: Any, vocabulary: int) -> dict[str, Value]:
+    """What a file says of a tokenizer. vocabulary: rows of the embedding; those without a token are marked unused.
+    Raises InputError for a kind that llama.cpp has no name for."""
+    raw = json.loads(tokenizer.backend_tokenizer.to_str())
+    kind = raw["model"]["type"]
+    if kind != "BPE":
+        raise InputError(f"the tokenizer is of kind {kind}, which is not written to GGUF; BPE is.")
+    steps = _flat(raw["pre_tokenizer"])
+    said = _byte_level(raw, steps) if any(s["type"] == "ByteLevel" for s in steps) else _sentencepiece(raw, steps)
+    tokens, types = _tokens(tokenizer, raw, vocabulary)
+    said |= {"tokens": tokens, "token_type": types, **_special(tokenizer)}
+    if said["model"] == "llama":
+        said["scores"] = _scores(raw, tokens)
+    out = {f"tokenizer.ggml.{k}": v for k, v in said.items()}
+    if template := tokenizer.chat_template:
+        if isinstance(template, dict):  # several, by name
+            template = template.get("default") or next(iter(template.values()))
+        out["tokenizer.chat_template"] = template
+    return out
+
+
+def _flat(step: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a pre-tokenizer or normalizer, sequences opened."""
+    if step is None:
+        return []
+    inner = step.get("pretokenizers") or step.get("normalizers") if step["type"] == "Sequence" else None
+    return [step] if inner is None else [s for i in inner for s in _flat(i)]
+
+
+def _byte_level(raw: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, Any]:
+    parts: list[str] = []
+    for step in steps:
+        match step:
+            case {"type": "Digits", "individual_digits": True}:
+                parts.append("digits")
+            case {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}:
+                parts.append(regex)
+            case {"type": "ByteLevel"}:
+                parts += ["words"] if step.get("use_regex", True) else []
+            case _:
+                parts.append(json.dumps(step))
+    split = Split(tuple(parts), bool(raw["model"].get("ignore_merges")))
+    name = next((n for n, s in SPLITS.items() if s == split), None)
+    if name is None:
+        shown = " then ".join(p[:60] for p in parts)
+        raise InputError(f"the tokenizer cuts text in a way that llama.cpp has no name for here: {shown}.")
+    prefix = any(s["type"] == "ByteLevel" and s.get("add_prefix_space") for s in steps)
+    merges = [m if isinstance(m, str) else " ".join(m) for m in raw["model"]["merges"]]
+    return {"model": "gpt2", "pre": name, "add_space_prefix": prefix, **({"merges": merges} if merges else {})}
+
+
+def _sentencepiece(raw: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, Any]:
+    if not raw["model"].get("byte_fallback"):
+        raise InputError("the tokenizer is BPE without bytes to fall back to, which is not written to GGUF.")
+    prefix = any(s["type"] == "Metaspace" and s.get("prepend_scheme", "always") != "never" for s in steps)
+    prefix = prefix or any(s["type"] == "Prepend" for s in _flat(raw["normalizer"]))
+    return {"model": "llama", "pre": "default", "add_space_prefix": prefix}
+
+
+def _tokens(tokenizer: Any, raw: dict[str, Any], vocabulary: int) -> tuple[list[str], list[int]]:
+    """Texts and types by id."""
+    by_id = {i: t for t, i in tokenizer.get_vocab().items()}
+    if (last := max(by_id)) >= vocabulary:
+        raise InputError(f"the tokenizer's ids go to {last}, but the model's embedding has {vocabulary} rows.")
+    added = {t["id"]: t for t in raw["added_tokens"]}
+    unknown = raw["model"].get("unk_token")
+    tokens, types = [], []
+    for i in range(vocabulary):
+        text, special = by_id.get(i, f"[PAD{i}]"), added.get(i)
+        if i not in by_id:
+            kind = _UNUSED
+        elif text == unknown:
+            kind = _UNKNOWN
+        elif special is not None:
+            kind = _CONTROL if special["special"] else _USER_DEFINED
+        elif len(text) == 6 and text.startswith("<0x") and raw["model"].get("byte_fallback"):
+            kind = _BYTE
+        else:
+            kind = _NORMAL
+        tokens.append(text.replace(_SPACE, " ") if kind == _USER_DEFINED else text)
+        types.append(kind)
+    return tokens, types
+
+
+def _special(tokenizer: Any) -> dict[str, Any]:
+    out = {}
+    for name, ours in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
+        if (i := getattr(tokenizer, f"{ours}_token_id")) is not None:
+            out[f"{name}_token_id"] = i
+    ids = tokenizer("a").input_ids
+    out["add_bos_token"] = bool(ids) and ids[0] == tokenizer.bos_token_id
+    out["add_eos_token"] = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
+    return out
+
+
+def _scores(raw: dict[str, Any], tokens: list[str]) -> list[float]:
+    """The earlier a merge, the higher the score of what it makes."""
+    rank: dict[str, int] = {}
+    for i, merge in enumerate(raw["model"]["merges"]):
+        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+        rank.setdefault(left + right, i)
+    last = float(len(rank))
+    return [-float(rank.get(t, last)) for t in tokens]
+
+
+def read(file: File) -> Any:
+    """The tokenizer that a file describes, None where it describes none. Raises InputError."""
+    from transformers import AutoTokenizer
+
+    if "tokenizer.ggml.tokens" not in file.metadata:
+        return None
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            tokenizer: Any = AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
+    except Exception as e:
+        raise InputError(f"{file.path}: its tokenizer cannot be read: {reason(e)}") from None
+    split = SPLITS.get(file.text("tokenizer.ggml.pre", ""))
+    if split is not None and file.metadata.get("tokenizer.ggml.model") == "gpt2":
+        _cut(tokenizer.backend_tokenizer, split, bool(file.metadata.get("tokenizer.ggml.add_space_prefix", False)))
+    return tokenizer
+
+
+def _cut(backend: Any, split: Split, prefix: bool) -> None:
+    """Makes a tokenizer cut text as the split says."""
+    from tokenizers import Regex, pre_tokenizers
+
+    steps: list[Any] = []
+    for part in split.parts:
+        if part == "digits":
+            steps.append(pre_tokenizers.Digits(individual_digits=True))
+        elif part != "words":
+            steps.append(pre_tokenizers.Split(Regex(part), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex="words" in split.parts))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    if split.whole:
+        backend.model.ignore_merges = True
