@@ -224,6 +224,12 @@ class Weight(nn.Module):
             self.adapters.clear()
 
     @torch.no_grad()
+    def dequantize(self) -> None:
+        """Makes floats of stored codes."""
+        if isinstance(self.stored, Codes):
+            self.store(self.base().detach())
+
+    @torch.no_grad()
     def freeze(self, q: QTensor | None = None) -> None:
         """Makes codes of the value: q, or what the weight's own grid gives. Grid and adapters are gone after."""
         self.store(q if q is not None else self.frozen())

@@ -14,7 +14,7 @@ from halfbyte.errors import InputError
 from halfbyte.folders import check_free, whole
 from halfbyte.layers import weights
 from halfbyte.run import Run, load, to_scheme
-from halfbyte.steps import STEPS, Adapt, Freeze, Grid, Merge, Step, Train, checked, read
+from halfbyte.steps import STEPS, Adapt, Dequantize, Freeze, Grid, Merge, Step, Train, checked, read
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,19 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "full": Method(lambda to, train, adapt: [Train(**train)]),
+    "full": Method(lambda to, train, adapt: [Dequantize(), Train(**train)]),
     "lora": Method(lambda to, train, adapt: [Adapt(**adapt), Train(**train)], adapts=True),
-    "qlora": Method(lambda to, train, adapt: [Freeze(scheme=to or "NF4"), Adapt(**adapt), Train(**train)], adapts=True),
-    "qat": Method(lambda to, train, adapt: [Grid(scheme=to), Train(**train), Freeze()], needs_scheme=True),
+    "qlora": Method(  # onto codes that are there already, or NF4
+        lambda to, train, adapt: [Freeze(scheme=to or "NF4", keep=to is None), Adapt(**adapt), Train(**train)],
+        adapts=True,
+    ),
+    "qat": Method(
+        lambda to, train, adapt: [Dequantize(), Grid(scheme=to), Train(**train), Freeze()], needs_scheme=True
+    ),
     "qat-lora": Method(
-        lambda to, train, adapt: [Grid(scheme=to), Adapt(**adapt), Train(**train)], needs_scheme=True, adapts=True
+        lambda to, train, adapt: [Dequantize(), Grid(scheme=to), Adapt(**adapt), Train(**train)],
+        needs_scheme=True,
+        adapts=True,
     ),
     "scales": Method(lambda to, train, adapt: [Freeze(scheme=to), Train(**train)], needs_scheme=True),
 }

@@ -19,7 +19,7 @@ from halfbyte.containers import container_for, peft
 from halfbyte.containers.shards import read_json
 from halfbyte.errors import InputError
 from halfbyte.formats import Format
-from halfbyte.layers import Grid, Linear, Op, ops, weights
+from halfbyte.layers import Codes, Grid, Linear, Op, ops, weights
 from halfbyte.models import Loaded
 from halfbyte.plan import inventory, plan, totals
 from halfbyte.scheme import Mix, Scheme, custom, scheme
@@ -119,6 +119,17 @@ class Run:
         if sites:
             container_for(sites)
 
+    def holds_as_it_is(self) -> bool:
+        """Whether a folder layout holds the codes that the model has."""
+        role = models.roles(self.model)
+        sites = {
+            n: (op.weight.stored.q.format, role[n]) for n, op in ops(self.model) if isinstance(op.weight.stored, Codes)
+        }
+        try:
+            return not sites or bool(container_for(sites))
+        except InputError:
+            return False
+
     def bits_per_weight(self) -> float:
         """Bits that the whole model takes in memory for each of its parameters."""
         n, size, _ = totals(inventory(self.model))
@@ -171,8 +182,11 @@ def _load_adapter(path: Path, dtype: torch.dtype | None, seed: int) -> Run:
         base = str(beside)
     notes = read_json(path / NOTES) if (path / NOTES).exists() else {}
     run = Run(models.load(base, dtype or parse_dtype(notes.get("dtype"))), seed)
+    if notes.get("dequantized"):
+        dequantize(run)
     if notes.get("stored"):
-        freeze(run, to_scheme(notes["stored"]), solver(notes.get("solver", "rtn")))
+        keep = bool(notes.get("kept_codes"))
+        freeze(run, to_scheme(notes["stored"]), solver(notes.get("solver", "rtn")), keep=keep)
     if notes.get("grid"):
         see_through(run, to_scheme(notes["grid"]), notes.get("grid_search", "minmax"))
     attach_from(run, path)
@@ -220,21 +234,34 @@ def see_through(run: Run, chosen: Scheme | Mix, how: str = "minmax") -> None:
 @torch.no_grad()
 def freeze(
     run: Run, chosen: Scheme | Mix, by: Solver, batches: list[data.Batch] | None = None,
-    on_block: Callable[[int, int], None] = lambda done, total: None,
+    on_block: Callable[[int, int], None] = lambda done, total: None, keep: bool = False,
 ) -> None:  # fmt: skip
-    """Makes codes of every weight that the scheme quantizes. Raises InputError before any is touched if one
-    cannot be."""
+    """Makes codes of every weight that the scheme quantizes; with `keep`, those that are codes already stay. Raises
+    InputError before any is touched if one cannot be."""
     by_name = dict(ops(run.model))
     formats = {}
+    if keep and (codes := [n for n, op in by_name.items() if isinstance(op.weight.stored, Codes)]):
+        run.notes["kept_codes"] = len(codes)
     for e in plan(run.model, chosen):
         name = e.name.removesuffix(".weight")
-        if e.after is not None and not e.tied_to:
+        if e.after is not None and not e.tied_to and not (keep and isinstance(by_name[name].weight.stored, Codes)):
             if not by_name[name].weight.value().isfinite().all():
                 raise InputError(f"{e.name} holds NaN or infinity, which has no code in {e.after.name}.")
             formats[name] = e.after
             _set_input(by_name[name], e.input)
     calibrate.freeze(run.model, formats, by, batches, on_block)
     run.notes |= {"stored": chosen.notation(), "solver": by.name}
+
+
+def dequantize(run: Run) -> None:
+    """Makes floats, in the model's dtype, of every weight that is codes; inputs are rounded no more."""
+    held = {w.stored.q.format.name for w in weights(run.model).values() if isinstance(w.stored, Codes)}
+    for _, op in ops(run.model):
+        if isinstance(op.weight.stored, Codes):
+            op.weight.dequantize()
+            _set_input(op, None)
+    if held:
+        run.notes["dequantized"] = sorted(held)
 
 
 def _set_input(op: Op, f: Format | None) -> None:

@@ -236,6 +236,8 @@ def scheme(name: str | Scheme | Mix, group_size: int | None = None) -> Scheme | 
 
 
 def _named(name: str) -> Scheme | Mix:
+    if name in set(FORMATS):  # q4_0 is the format, on linear layers; Q4_0 the mix of that name
+        return _uniform(name, name)
     for table in (SCHEMES, MIXES):
         for n, s in table.items():
             if n.lower() == name.lower().replace("-", "_"):

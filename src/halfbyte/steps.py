@@ -14,7 +14,7 @@ from torch import nn
 
 from halfbyte import adapters, data, evaluate, layers, models, resume
 from halfbyte.errors import InputError
-from halfbyte.run import Run, attach_from, disk_bytes, freeze, load, see_through, to_scheme
+from halfbyte.run import Run, attach_from, dequantize, disk_bytes, freeze, load, see_through, to_scheme
 from halfbyte.solvers import solver
 from halfbyte.train import TrainingArguments, train
 
@@ -94,10 +94,19 @@ class Grid(Step):
         see_through(run, to_scheme(self.scheme, self.group_size), self.how)
 
 
+class Dequantize(Step):
+    """Makes floats of what is codes, in the model's dtype: for what is to be trained or rounded itself."""
+
+    def __call__(self, run: Run) -> None:
+        dequantize(run)
+
+
 class Freeze(Step):
-    """Makes codes: by a scheme and a solver, or without a scheme each weight by its own grid."""
+    """Makes codes: by a scheme and a solver, or without a scheme each weight by its own grid. keep: weights that are
+    codes already stay as they are."""
 
     scheme: Any = None
+    keep: bool = False
     group_size: int | None = None
     solver: str = "rtn"
     calibration: Any = None
@@ -121,7 +130,7 @@ class Freeze(Step):
             run.notes["stored"] = run.notes.pop("grid", None)
             return
         chosen, by = to_scheme(self.scheme, self.group_size), solver(self.solver)
-        freeze(run, chosen, by, self._batches(run), self.on_block or (lambda done, total: None))
+        freeze(run, chosen, by, self._batches(run), self.on_block or (lambda done, total: None), self.keep)
 
     def _batches(self, run: Run) -> list[data.Batch] | None:
         if self.calibration is None:
@@ -149,6 +158,8 @@ class Merge(Step):
                     w.store(fresh[name].base().detach())
         for w in layers.weights(run.model).values():
             w.merge()
+        if not run.holds_as_it_is():  # a base from a file of another kind: the result is a 16-bit model
+            dequantize(run)
         run.notes.pop("stored", None)
         run.notes["merged"] = self.base
 
@@ -350,5 +361,6 @@ def pad_id(run: Run) -> int:
 
 
 STEPS: dict[str, type[Step]] = {
-    "adapt": Adapt, "grid": Grid, "freeze": Freeze, "merge": Merge, "train": Train, "evaluate": Evaluate,
+    "adapt": Adapt, "dequantize": Dequantize, "grid": Grid, "freeze": Freeze, "merge": Merge, "train": Train,
+    "evaluate": Evaluate,
 }  # fmt: skip

@@ -63,7 +63,9 @@ class Demo:
         self.rows: list[dict[str, Any]] = []
         say(f"{model}: reading, and writing it as a plain folder")
         sample_data.write(folder / "data")
-        self.base = str(self._save(run.load(model), "base"))
+        base = run.load(model)
+        run.dequantize(base)
+        self.base = str(self._save(base, "base"))
         self.sets = {"domain": "domain-heldout.jsonl", "docstrings": "docstrings-heldout.jsonl"}
         reference = run.load(self.base, "float32")
         self.references = {name: Reference(reference.model, keep=2_000_000_000) for name in self.sets}

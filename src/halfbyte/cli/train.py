@@ -64,6 +64,7 @@ def command(
     from halfbyte.folders import CHECKPOINT, check_free, whole
     from halfbyte.recipe import METHODS, method_steps
     from halfbyte.run import to_scheme
+    from halfbyte.steps import Dequantize, Freeze
 
     if resume and output.exists():
         say(f"{output} is finished; nothing to do.")
@@ -97,6 +98,10 @@ def command(
         for step in plan:
             say(f"{type(step).__name__.lower()} ...")
             step(run)
+            if isinstance(step, Dequantize) and (held := run.notes.get("dequantized")):
+                say(f"the weights held as {', '.join(held)} are {run.loaded.config.dtype} from here on")
+            if isinstance(step, Freeze) and (kept := run.notes.get("kept_codes")):
+                say(f"{kept} layers stay the codes that they are")
         assert run.log is not None
         run.rows.append((f"trained ({method})", {"loss": run.log.curve[-1]["loss"], **_held(run.log.curve)}))
         run.write(partial, output.resolve().name)

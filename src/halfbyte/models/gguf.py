@@ -241,7 +241,7 @@ def _number(file: File, arch: Architecture, said: Mapping[str, Any], key: str) -
     value = said.get(key)
     if key == "attention.head_count_kv" and value is None:
         value = said.get("attention.head_count")
-    if type(value) not in (int, float) or not 0 < value < 1 << 31:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1 << 31:
         raise InputError(f"{file.path}: {arch.name}.{key} is {str(value)[:40]}, where a number is needed.")
     return value
 
