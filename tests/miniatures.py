@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from halfbyte import run
@@ -29,10 +30,14 @@ MINIATURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {**_LLAMA, "tie_word_embeddings": True}),
     "llama-untied": ("LlamaForCausalLM", "LlamaConfig", {**_LLAMA, "tie_word_embeddings": False}),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {**_LLAMA, "tie_word_embeddings": True}),
-    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**_LLAMA, "head_dim": 16, "sliding_window": 8}),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**_LLAMA, "head_dim": 16, "sliding_window": 8,
+                                                          "query_pre_attn_scalar": 16}),
     "neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", _PLAIN),
     "opt": ("OPTForCausalLM", "OPTConfig", {**_PLAIN, "ffn_dim": 128, "max_position_embeddings": 64,
                                             "word_embed_proj_dim": 64}),
+    "mistral": ("MistralForCausalLM", "MistralConfig", {**_LLAMA, "head_dim": 32, "sliding_window": None}),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**_LLAMA, "head_dim": 32}),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", {**_LLAMA, "max_position_embeddings": 64}),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT2),
     "bert": ("BertForSequenceClassification", "BertConfig", {**_PLAIN, "max_position_embeddings": 64}),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**_LLAMA, **_EXPERTS}),
@@ -80,6 +85,58 @@ def tokenizer() -> PreTrainedTokenizerFast:
         "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
+    return out
+
+
+_TEXT = [
+    "The quick brown fox jumps over 12 lazy dogs; it's the 3rd time they've seen it, isn't it?",
+    "def area(width, height):\n    return width * height  # no units\n",
+    "Voilà: naïve café, 100% Ångström. Привет, мир! 日本語のテキスト 🙂",
+] * 4  # so that there is something to merge
+
+
+def bpe(pre: str = "smollm", size: int = 400) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, trained on a few sentences, that cuts text as llama.cpp's `pre` says."""
+    from halfbyte.models.gguf_tokenizer import SPLITS, cut
+
+    raw = Tokenizer(models.BPE())
+    raw.decoder = decoders.ByteLevel()
+    cut(raw, SPLITS[pre], False)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator(_TEXT, trainer)
+    out = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token=special[0], bos_token=special[1], eos_token=special[2], unk_token=special[0]
+    )
+    out.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    out.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return out
+
+
+def sentencepiece(prefix: bool = True, size: int = 420) -> PreTrainedTokenizerFast:
+    """A tokenizer as Llama 2's is: SentencePiece's spaces, BPE with bytes to fall back to."""
+    special = ["<unk>", "<s>", "</s>", "<pad>", *(f"<0x{b:02X}>" for b in range(256))]
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    trainer = trainers.BpeTrainer(vocab_size=size - 260, show_progress=False)
+    raw.train_from_iterator(_TEXT, trainer)
+    learnt = json.loads(raw.to_str())["model"]
+    vocabulary = {t: i for i, t in enumerate([*special, *(t for t in learnt["vocab"])])}
+    merges = [tuple(m) for m in learnt["merges"]]
+    raw = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    steps = [normalizers.Prepend("\u2581")] if prefix else []
+    raw.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])
+    raw.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    out = PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    out.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
     return out
 
 

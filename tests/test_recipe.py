@@ -6,18 +6,18 @@ import pytest
 
 import halfbyte
 from halfbyte.recipe import METHODS, method_steps, parse_recipe, read_recipe
-from halfbyte.steps import Adapt, Freeze, Grid, Train
+from halfbyte.steps import Adapt, Dequantize, Freeze, Grid, Train
 
 
 def test_methods_are_lists_of_steps():
     def names(method, to=None):
         return [type(s) for s in method_steps(method, to, {"data": "x"})]
 
-    assert names("full") == [Train]
+    assert names("full") == [Dequantize, Train]
     assert names("lora") == [Adapt, Train]
     assert names("qlora") == [Freeze, Adapt, Train]
-    assert names("qat", "W4A16") == [Grid, Train, Freeze]
-    assert names("qat-lora", "W4A16") == [Grid, Adapt, Train]
+    assert names("qat", "W4A16") == [Dequantize, Grid, Train, Freeze]
+    assert names("qat-lora", "W4A16") == [Dequantize, Grid, Adapt, Train]
     assert names("scales", "W4A16") == [Freeze, Train]
     assert set(METHODS) == {"full", "lora", "qlora", "qat", "qat-lora", "scales"}
 
@@ -44,7 +44,7 @@ GOOD = {"model": "m", "steps": ["adapt"]}
         ({"steps": []}, "has no steps"),
         ({"steps": None}, "has no steps"),
         ({"steps": {"train": {}}}, "steps: it should be a valid list"),
-        ({"steps": ["tarin"]}, r"steps\[0\]: there is no step 'tarin'; those are adapt, grid"),
+        ({"steps": ["tarin"]}, r"steps\[0\]: there is no step 'tarin'; those are adapt, dequantize"),
         ({"steps": ["merge", {"train": {"dta": "x"}}]}, r"steps\[1\]: train: data: it is missing"),
         ({"steps": [{"train": {"data": "x", "stepz": 1}}]}, "train: stepz: there is no such key"),
         ({"steps": [{"train": {"data": "x", "steps": "many"}}]}, "train: steps: it should be a valid integer"),

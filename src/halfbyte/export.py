@@ -22,7 +22,7 @@ from halfbyte.models import Loaded
 from halfbyte.models.gguf_saving import FLOATS
 from halfbyte.plan import inventory, plan
 from halfbyte.run import to_scheme
-from halfbyte.scheme import MIXES
+from halfbyte.scheme import MIXES, Mix, Scheme
 
 MAX_KL = 0.02  # of the reader's logits to ours in the same format: above this the file is not what was meant
 Say = Callable[[str], None]
@@ -96,8 +96,13 @@ def _wanted(loaded: Loaded, format: str | None) -> tuple[dict[str, Format], torc
         return {}, None
     if format.upper() in FLOATS:
         return {}, FLOATS[format.upper()]
-    entries = plan(loaded.model, to_scheme(MIXES.get(format.upper(), format)))
+    entries = plan(loaded.model, chosen(format))
     return {e.name.removesuffix(".weight"): e.after for e in entries if e.after is not None and not e.tied_to}, None
+
+
+def chosen(format: str) -> Scheme | Mix:
+    """The mix of that name in any case, else the scheme. Raises InputError."""
+    return MIXES.get(format.upper()) or to_scheme(format)
 
 
 def _say_anew(

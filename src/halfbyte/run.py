@@ -115,6 +115,10 @@ class Run:
 
     def holds(self, chosen: Scheme | Mix) -> None:
         """Raises InputError now, rather than when saving, if no folder layout holds what the scheme makes."""
+        if isinstance(chosen, Mix):
+            raise InputError(
+                f"{chosen.name} is a mix of ggml's blocks, which only a file holds: name the output OUT.gguf."
+            )
         sites = {e.name: (e.after, e.role) for e in plan(self.model, chosen) if e.after is not None}
         if sites:
             container_for(sites)
@@ -236,15 +240,16 @@ def freeze(
     run: Run, chosen: Scheme | Mix, by: Solver, batches: list[data.Batch] | None = None,
     on_block: Callable[[int, int], None] = lambda done, total: None, keep: bool = False,
 ) -> None:  # fmt: skip
-    """Makes codes of every weight that the scheme quantizes; with `keep`, those that are codes already stay. Raises
-    InputError before any is touched if one cannot be."""
+    """Makes codes of every weight that the scheme quantizes, but of those that are such codes already; with `keep`, of
+    none that are codes. Raises InputError before any is touched if one cannot be."""
     by_name = dict(ops(run.model))
     formats = {}
-    if keep and (codes := [n for n, op in by_name.items() if isinstance(op.weight.stored, Codes)]):
-        run.notes["kept_codes"] = len(codes)
+    held = {n: w.stored.q.format for n, op in by_name.items() if isinstance((w := op.weight).stored, Codes)}
+    if keep and held:
+        run.notes["kept_codes"] = len(held)
     for e in plan(run.model, chosen):
         name = e.name.removesuffix(".weight")
-        if e.after is not None and not e.tied_to and not (keep and isinstance(by_name[name].weight.stored, Codes)):
+        if e.after is not None and not e.tied_to and not (keep and name in held) and held.get(name) != e.after:
             if not by_name[name].weight.value().isfinite().all():
                 raise InputError(f"{e.name} holds NaN or infinity, which has no code in {e.after.name}.")
             formats[name] = e.after

@@ -287,9 +287,17 @@ def test_scales_that_are_quantized_cannot_be_trained(llama):
 
 def test_a_quantized_folder_has_its_scales_trained(tmp_path, llama):
     path = saved(load(llama).quantize("int4-g32"), tmp_path / "int4")
-    made = trained(path, "full")
+    codes = {n: op.weight.frozen().codes for n, op in ops(load(path).model) if op.weight.format is not None}
+    made = trained(path, "scales", "int4-g32")
     assert made.notes["trained"] == "scales"
+    assert all(torch.equal(op.weight.frozen().codes, codes[n]) for n, op in ops(made.model) if n in codes)
     assert torch.equal(logits(load(saved(made, tmp_path / "out")).model), logits(made.model))
+
+
+def test_a_quantized_folder_is_trained_whole_as_floats(tmp_path, llama):
+    made = trained(saved(load(llama).quantize("int4-g32"), tmp_path / "int4"), "full")
+    assert (made.notes["trained"], made.notes["dequantized"]) == ("stored", ["int4-g32"])
+    assert torch.equal(logits(models.load(saved(made, tmp_path / "out")).model), logits(made.model))
 
 
 # ---- GPT-2: weights that are turned on disk

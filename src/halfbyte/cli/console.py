@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from halfbyte.plan import Entry
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, .gguf file or adapter folder.")]
-Output = Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="The folder, or file, to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, and nothing else there.")]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not have a file read back by its own reader.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if left out.")]
 GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale; never changed once given.")]

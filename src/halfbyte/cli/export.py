@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli.console import Dtype, Json, ModelArgument, Output, Overwrite, Revision, emit, progress, say
+from halfbyte.cli.console import Dtype, Json, ModelArgument, NoVerify, Output, Overwrite, Revision, emit, progress, say
 
 
 def command(
@@ -24,15 +24,13 @@ def command(
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens of it.")] = 4,
     max_kl: Annotated[float, typer.Option(help="Exit 3 if the reader's logits are further from ours.")] = 0.02,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not have it read back.")] = False,
+    no_verify: NoVerify = False,
     dtype: Dtype = None,
     revision: Revision = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Write a model for other programs, have them read it back, and measure what it cost."""
-    from dataclasses import replace
-
     from halfbyte import export
     from halfbyte.data import read_records
     from halfbyte.folders import check_free
@@ -42,10 +40,10 @@ def command(
     target = kind(to, output)
     check_free(output, overwrite, model, data)
     records = None if data is None else read_records(data)
-    loaded = export.read(model, parse_dtype(dtype), revision)
-    job = export.prepare(loaded, target, format, requantize, say)
+    job = export.prepare(export.read(model, parse_dtype(dtype), revision), target, format, requantize, say)
+    job.on_tensor = progress("tensor")
     proof = None if no_verify else export.Proof(records, windows, max_kl=max_kl)
-    done = export.export(model, replace(job, on_tensor=progress("tensor")), target, output, proof, overwrite, say)
+    done = export.export(model, job, target, output, proof, overwrite, say)
     say(f"{output}: {disk_bytes(output) / 1e6:.1f} MB")
     if json:
         rows = [{"stage": stage, **row} for stage, row in done.rows]

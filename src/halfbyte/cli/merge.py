@@ -1,4 +1,4 @@
-"""halfbyte merge DIR -o DIR2 [--to SCHEME]"""
+"""halfbyte merge DIR -o OUT [--to SCHEME]"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from halfbyte.cli.console import GroupSize, Json, Output, Overwrite, emit, progress, say
+from halfbyte.cli.console import GroupSize, Json, NoVerify, Output, Overwrite, emit, progress, say
 
 
 def command(
@@ -21,24 +21,28 @@ def command(
     data: Annotated[
         str | None, typer.Option(help="What the difference is measured on; the run's own if left out.")
     ] = None,
+    no_verify: NoVerify = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Fold an adapter into its base, and measure the difference to the unmerged model."""
-    from halfbyte import run
-    from halfbyte.folders import check_free, whole
+    from halfbyte import export, run
+    from halfbyte.folders import FILES, check_free, whole
     from halfbyte.recipe import merge_steps
     from halfbyte.run import disk_bytes, to_scheme
 
     check_free(output, overwrite, adapter, data)
-    scheme = None if to is None else to_scheme(to, group_size)
+    scheme = None if to is None else export.chosen(to) if output.suffix in FILES else to_scheme(to, group_size)
     merged = run.load(adapter)
-    if scheme is not None:
+    if scheme is not None and output.suffix not in FILES:
         merged.holds(scheme)
     text = data or _recorded(merged.notes)
     for step in merge_steps(merged, scheme, base):
         step(merged)
     name = output.resolve().name
+    if output.suffix in FILES:
+        _to_file(adapter, merged, output, no_verify, overwrite, json)
+        return
     with whole(output, overwrite) as partial:
         row: dict[str, Any] = {}
         merged.write(partial, name)
@@ -56,6 +60,21 @@ def command(
         say("the difference was not measured: the run's data is not where it was; add --data FILE.")
     if json:
         emit({"output": str(output), "bytes": disk_bytes(output), **row})
+
+
+def _to_file(adapter: str, merged: Any, output: Path, no_verify: bool, overwrite: bool, json: bool) -> None:
+    """The merged model as a file, read back by the program that it is for; the reference is the unmerged one."""
+    from halfbyte import export
+    from halfbyte.kinds import kind
+    from halfbyte.run import disk_bytes
+
+    target = kind(None, output)
+    job = export.prepare(merged.loaded, target, None, False, say)
+    job.on_tensor = progress("tensor")
+    done = export.export(adapter, job, target, output, None if no_verify else export.Proof(), overwrite, say)
+    if json:
+        rows = [{"stage": stage, **row} for stage, row in done.rows]
+        emit({"output": str(output), "bytes": disk_bytes(output), "read_back": bool(rows), "ledger": rows})
 
 
 def _recorded(notes: dict[str, Any]) -> str | None:

@@ -1,8 +1,9 @@
-"""halfbyte quantize MODEL --to SCHEME -o DIR"""
+"""halfbyte quantize MODEL --to SCHEME -o OUT"""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -11,6 +12,7 @@ from halfbyte.cli.console import (
     GroupSize,
     Json,
     ModelArgument,
+    NoVerify,
     Output,
     Overwrite,
     Revision,
@@ -23,19 +25,20 @@ from halfbyte.cli.console import (
 
 def command(
     model: ModelArgument,
-    to: Annotated[str, typer.Option(help="W8A16, W4A16, NF4 ..., or a format's name such as int4-g64.")],
+    to: Annotated[str, typer.Option(help="W8A16, W4A16, NF4, Q4_K_M ..., or a format's name such as int4-g64.")],
     output: Output,
     group_size: GroupSize = None,
     solver: Annotated[str, typer.Option(help="How codes are found.")] = "rtn",
     calibration: Annotated[str | None, typer.Option(help="Text for solvers that need some.")] = None,
+    no_verify: NoVerify = False,
     dtype: Dtype = None,
     revision: Revision = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Quantize a model after training."""
+    """Quantize a model after training: into a folder, or a file such as OUT.gguf."""
     from halfbyte import run, solvers
-    from halfbyte.folders import check_free
+    from halfbyte.folders import FILES, check_free
     from halfbyte.plan import plan, totals
     from halfbyte.recipe import save
     from halfbyte.run import disk_bytes, to_scheme
@@ -43,20 +46,57 @@ def command(
 
     check_free(output, overwrite, model, calibration)
     scheme, by = to_scheme(to, group_size), solvers.solver(solver)
-    loaded = run.load(model, dtype, revision)
-    entries = plan(loaded.model, scheme)
-    say(f"{model} -> {scheme.name} by {by.says}:")
-    show_plan(entries)
     if calibration is not None and not by.needs_data:
         say(f"--calibration is not used: {by.name} needs none.")
-    loaded.holds(scheme)
-    Freeze(scheme=scheme, solver=solver, calibration=calibration, on_block=progress("block"))(loaded)
-    loaded.rows.append(("quantized", {"bits_per_weight": loaded.bits_per_weight(), "scheme": scheme.name}))
-    save(loaded, output, overwrite)
-    n, before, _ = totals(entries)
-    say(f"{output}: {disk_bytes(output) / 1e6:.1f} MB on disk; `halfbyte evaluate` tells what it cost.")
+    summary: dict[str, Any] = {"output": str(output), "scheme": scheme.name, "solver": solver}
+    if output.suffix in FILES:
+        summary |= _to_file(model, output, to, by, no_verify, dtype, revision, overwrite)
+    else:
+        loaded = run.load(model, dtype, revision)
+        entries = plan(loaded.model, scheme)
+        say(f"{model} -> {scheme.name} by {by.says}:")
+        show_plan(entries)
+        loaded.holds(scheme)
+        Freeze(scheme=scheme, solver=solver, calibration=calibration, on_block=progress("block"))(loaded)
+        bits = loaded.bits_per_weight()
+        loaded.rows.append(("quantized", {"bits_per_weight": bits, "scheme": scheme.name}))
+        save(loaded, output, overwrite)
+        n, before, _ = totals(entries)
+        summary |= {"parameters": n, "bytes_before": before, "bits_per_weight": bits}
+    size = disk_bytes(output)
+    say(f"{output}: {size / 1e6:.1f} MB on disk; `halfbyte evaluate` tells what it cost.")
     if json:
-        emit({
-            "output": str(output), "scheme": scheme.name, "solver": solver, "parameters": n, "bytes_before": before,
-            "bytes": disk_bytes(output), "bits_per_weight": loaded.bits_per_weight(),
-        })  # fmt: skip
+        emit({**summary, "bytes": size})
+
+
+def _to_file(
+    model: str,
+    output: Path,
+    to: str,
+    by: Any,
+    no_verify: bool,
+    dtype: str | None,
+    revision: str | None,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """A tensor at a time, read back by the program that the file is for."""
+    from halfbyte import export
+    from halfbyte.errors import InputError
+    from halfbyte.kinds import kind
+    from halfbyte.plan import plan, totals
+    from halfbyte.run import parse_dtype
+
+    if by.name != "rtn":
+        raise InputError(f"--solver {by.name} is not used for a {output.suffix} file yet: quantize to a folder first.")
+    target, loaded = kind(None, output), export.read(model, parse_dtype(dtype), revision)
+    entries = plan(loaded.model, export.chosen(to))
+    say(f"{model} -> {to} by {by.says}:")
+    show_plan(entries)
+    job = export.prepare(loaded, target, to, True, say)
+    job.on_tensor = progress("tensor")
+    done = export.export(model, job, target, output, None if no_verify else export.Proof(), overwrite, say)
+    n, before, _ = totals(entries)
+    return {
+        "parameters": n, "bytes_before": before, "read_back": bool(done.rows),
+        "ledger": [{"stage": stage, **row} for stage, row in done.rows],
+    }  # fmt: skip

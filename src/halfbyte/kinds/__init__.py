@@ -18,7 +18,7 @@ from halfbyte.models import Loaded
 from halfbyte.qtensor import QTensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
     """What is to be written. formats: op's name -> what its weight is rounded to while it is written. floats: what the
     others become if they are floats, None for their own dtype."""

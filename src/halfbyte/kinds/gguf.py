@@ -17,6 +17,7 @@ from halfbyte.qtensor import QTensor
 if TYPE_CHECKING:
     from halfbyte.kinds import Job
 
+_F32 = 0  # ggml's number of the type: a cache in fp16 would add its own rounding
 NAME, SUFFIX = "gguf", ".gguf"
 READER = "llama.cpp, through llama-cpp-python"
 
@@ -75,7 +76,7 @@ class LlamaCpp(nn.Module):
         threads = torch.get_num_threads()
         self.llama: Any = llama_cpp.Llama(
             str(path), n_ctx=context, n_batch=context, n_threads=threads, n_threads_batch=threads, n_gpu_layers=0,
-            logits_all=True, verbose=False,
+            logits_all=True, verbose=False, type_k=_F32, type_v=_F32,
         )  # fmt: skip
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Any:

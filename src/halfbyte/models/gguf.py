@@ -114,7 +114,8 @@ ARCHITECTURES = {
         Architecture("phi3", ("phi3",), "Phi3ForCausalLM", _DECODER, fixed=_silu),
         Architecture("gemma3", ("gemma3_text",), "Gemma3ForCausalLM", _DECODER, centered=True, fixed=_gemma3),
         Architecture("gpt2", ("gpt2",), "GPT2LMHeadModel",
-                     {**_SIZES, "attention.layer_norm_epsilon": "layer_norm_epsilon"}, rotary=False,
+                     {**_SIZES, "feed_forward_length": "n_inner",
+                      "attention.layer_norm_epsilon": "layer_norm_epsilon"}, rotary=False,
                      fixed=lambda config: {"activation_function": "gelu_new", "scale_attn_weights": True,
                                            "scale_attn_by_inverse_layer_idx": False}),
     )

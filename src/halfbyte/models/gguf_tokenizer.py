@@ -167,13 +167,25 @@ def read(file: File) -> Any:
             tokenizer: Any = AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
     except Exception as e:
         raise InputError(f"{file.path}: its tokenizer cannot be read: {reason(e)}") from None
+    kind, prefix = file.metadata.get("tokenizer.ggml.model"), file.metadata.get("tokenizer.ggml.add_space_prefix")
     split = SPLITS.get(file.text("tokenizer.ggml.pre", ""))
-    if split is not None and file.metadata.get("tokenizer.ggml.model") == "gpt2":
-        _cut(tokenizer.backend_tokenizer, split, bool(file.metadata.get("tokenizer.ggml.add_space_prefix", False)))
+    if kind == "gpt2" and split is not None:
+        cut(tokenizer.backend_tokenizer, split, bool(prefix))
+    if kind == "llama":
+        _respace(tokenizer.backend_tokenizer, prefix is None or bool(prefix))
     return tokenizer
 
 
-def _cut(backend: Any, split: Split, prefix: bool) -> None:
+def _respace(backend: Any, prefix: bool) -> None:
+    """Makes a tokenizer write spaces as SentencePiece does, with one in front or not."""
+    from tokenizers import normalizers
+
+    steps = [normalizers.Prepend(_SPACE)] if prefix else []
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+    backend.pre_tokenizer = None  # pyright: ignore
+
+
+def cut(backend: Any, split: Split, prefix: bool) -> None:
     """Makes a tokenizer cut text as the split says."""
     from tokenizers import Regex, pre_tokenizers
 
