@@ -132,7 +132,8 @@ def sentencepiece(prefix: bool = True, size: int = 420) -> PreTrainedTokenizerFa
     raw = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     steps = [normalizers.Prepend("\u2581")] if prefix else []
     raw.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])
-    raw.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    raw.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     out = PreTrainedTokenizerFast(
         tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )

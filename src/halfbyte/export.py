@@ -87,6 +87,8 @@ def prepare(loaded: Loaded, kind: Kind, format: str | None, requantize: bool, sa
     job = Job(loaded, formats, floats)
     if (why := kind.refuses(job)) is not None:
         raise InputError(f"{loaded.source} cannot be written as {kind.NAME}: {why}.")
+    for remark in kind.remarks(job):
+        say(f"note: {remark}")
     return job
 
 
@@ -155,7 +157,7 @@ def _prove(source: str | Path, path: Path, kind: Kind, proof: Proof, say: Say) -
     rows.rows[:] = rows.rows[: proof.windows]
     context = max(map(len, rows.rows))
     reader = kind.open(path, context)
-    if difference := kind.differs(reader, ours.tokenizer):
+    if ours.tokenizer is not None and (difference := kind.differs(reader, ours.tokenizer)):
         raise BudgetExceeded(f"{kind.READER} reads {difference}; nothing was kept.")
     out = [("read back, against halfbyte", _row(reader, rows, ours.model, ours, path))]
     kl = out[0][1]["kl_mean"]

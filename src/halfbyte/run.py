@@ -246,7 +246,7 @@ def freeze(
     formats = {}
     held = {n: w.stored.q.format for n, op in by_name.items() if isinstance((w := op.weight).stored, Codes)}
     if keep and held:
-        run.notes["kept_codes"] = len(held)
+        run.notes["kept_codes"] = len({id(by_name[n].weight) for n in held})
     for e in plan(run.model, chosen):
         name = e.name.removesuffix(".weight")
         if e.after is not None and not e.tied_to and not (keep and name in held) and held.get(name) != e.after:

@@ -297,3 +297,39 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(halfbyte, tiny_llama, tiny
     assert (tmp_path / "cut" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
     assert not (tmp_path / "cut" / "checkpoint").exists()
     assert len((tmp_path / "cut" / "curve.jsonl").read_text().splitlines()) == 6
+
+
+def test_quantize_and_export_to_gguf(halfbyte, tiny_llama, tmp_path):
+    """Without its reader's verdict, which costs a program that takes minutes to build."""
+    said = halfbyte("quantize", tiny_llama, "--to", "Q4_K_M", "-o", tmp_path / "q.gguf", "--no-verify", "--json")
+    assert said.status == 0, said.err
+    assert said.json["read_back"] is False
+    assert "not read back: --no-verify" in said.err
+    assert "64 does not divide" not in said.err
+    assert "256 does not divide 64 inputs" in said.err
+    said = halfbyte(
+        "export", tmp_path / "q.gguf", "--to", "gguf", "-o", tmp_path / "again.gguf", "--no-verify", "--json"
+    )
+    assert said.status == 0, said.err
+    assert "weights are carried over" in said.err
+    assert said.json["bytes"] == (tmp_path / "again.gguf").stat().st_size
+    said = halfbyte("export", tiny_llama, "-o", tmp_path / "f.gguf", "--format", "f16", "--no-verify")
+    assert (said.status, said.out) == (0, ""), said.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again.gguf", "f.gguf", "q.gguf"]
+
+
+def test_a_gguf_file_is_a_model_for_every_verb(halfbyte, tiny_llama, tiny_data, tmp_path):
+    """Trained on its own codes, merged to floats or to a file, evaluated."""
+    model = tmp_path / "q.gguf"
+    assert halfbyte("quantize", tiny_llama, "--to", "Q4_1", "-o", model, "--no-verify").status == 0
+    said = _trained(halfbyte, model, tiny_data["text"], tmp_path / "adapter", "qlora")
+    assert "15 weights stay the codes that they are" in said.err
+    said = _trained(halfbyte, model, tiny_data["text"], tmp_path / "whole", "full")
+    assert "the weights held as q4_1, q8_0 are bfloat16 from here on" in said.err
+    assert halfbyte("merge", tmp_path / "adapter", "-o", tmp_path / "merged").status == 0
+    said = halfbyte("merge", tmp_path / "adapter", "--to", "Q8_0", "-o", tmp_path / "merged.gguf", "--no-verify")
+    assert said.status == 0, said.err
+    said = halfbyte("evaluate", tmp_path / "merged.gguf", "--data", tiny_data["text"], "--against", tmp_path / "merged",
+                    "--context", "64", "--json")  # fmt: skip
+    assert said.status == 0, said.err
+    assert said.json["kl_mean"] < 1e-3

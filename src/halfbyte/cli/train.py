@@ -99,9 +99,10 @@ def command(
             say(f"{type(step).__name__.lower()} ...")
             step(run)
             if isinstance(step, Dequantize) and (held := run.notes.get("dequantized")):
-                say(f"the weights held as {', '.join(held)} are {run.loaded.config.dtype} from here on")
+                dtype = str(run.loaded.config.dtype).removeprefix("torch.")
+                say(f"the weights held as {', '.join(held)} are {dtype} from here on")
             if isinstance(step, Freeze) and (kept := run.notes.get("kept_codes")):
-                say(f"{kept} layers stay the codes that they are")
+                say(f"{kept} weights stay the codes that they are")
         assert run.log is not None
         run.rows.append((f"trained ({method})", {"loss": run.log.curve[-1]["loss"], **_held(run.log.curve)}))
         run.write(partial, output.resolve().name)

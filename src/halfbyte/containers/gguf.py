@@ -77,14 +77,15 @@ class File:
         from gguf import GGMLQuantizationType, quants
 
         rows = data.reshape(prod(info.shape[:-1]), -1).numpy()
-        values = quants.dequantize(rows, GGMLQuantizationType[info.type.upper()])
+        with np.errstate(all="ignore"):  # a file may hold infinite scales; numpy would warn of them
+            values = quants.dequantize(rows, GGMLQuantizationType[info.type.upper()])
         return torch.from_numpy(values).reshape(info.shape)
 
     def bytes(self, name: str) -> Tensor:
         """The tensor's bytes, uint8, in memory of their own."""
         info = self.infos[name]
         data = bytearray(info.nbytes)
-        with open(self.path, "rb", buffering=0) as f:
+        with open(self.path, "rb") as f:  # buffered, as it reads on: one read of Linux gives 2 GiB at most
             f.seek(info.offset)
             if f.readinto(data) != len(data):
                 raise InputError(f"{self.path}: it ends inside the tensor {name!r}.")
@@ -248,6 +249,8 @@ def write(
     import gguf
 
     writer = gguf.GGUFWriter(None, str(metadata["general.architecture"]))
+    if isinstance(alignment := metadata.get(_ALIGNMENT), int):
+        writer.data_alignment = alignment
     for key, value in metadata.items():
         if key != "general.architecture":
             writer.add_key_value(key, value, *_value_type(value))

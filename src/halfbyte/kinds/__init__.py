@@ -20,8 +20,8 @@ from halfbyte.qtensor import QTensor
 
 @dataclass
 class Job:
-    """What is to be written. formats: op's name -> what its weight is rounded to while it is written. floats: what the
-    others become if they are floats, None for their own dtype."""
+    """What is to be written. formats: op's name -> what its weight is rounded to while it is written. floats: the
+    dtype that all others get, codes among them; None leaves them as they are."""
 
     loaded: Loaded
     formats: Mapping[str, Format] = field(default_factory=dict)
@@ -38,6 +38,10 @@ class Kind(Protocol):
 
     def refuses(self, job: Job) -> str | None:
         """Why it cannot be written, in words; None if it can. Called before anything is."""
+        ...
+
+    def remarks(self, job: Job) -> list[str]:
+        """What the readers of the result do otherwise than the model does, in words."""
         ...
 
     def fitting(self, q: QTensor) -> QTensor | None:

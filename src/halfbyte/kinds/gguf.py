@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +26,7 @@ READER = "llama.cpp, through llama-cpp-python"
 
 def refuses(job: Job) -> str | None:
     """See Kind."""
-    return gguf_saving.refuses(job.loaded, job.formats)
+    return gguf_saving.refuses(job.loaded, job.formats, job.floats)
 
 
 def fitting(q: QTensor) -> QTensor | None:
@@ -59,11 +61,30 @@ TEXTS = (
 def differs(reader: nn.Module, tokenizer: Any) -> str | None:
     """See Kind."""
     assert isinstance(reader, LlamaCpp)
+    composes = _composes(tokenizer)
     for text in TEXTS:
+        if composes:  # see remarks
+            text = unicodedata.normalize("NFC", text)
         ours, theirs = tokenizer(text).input_ids, reader.tokenize(text)
         if ours != theirs:
             return f"{text[:40]!r} as the tokens {theirs[:12]}, not {ours[:12]}"
     return None
+
+
+def _composes(tokenizer: Any) -> bool:
+    return '"NFC"' in tokenizer.backend_tokenizer.to_str().partition('"model"')[0]
+
+
+def remarks(job: Job) -> list[str]:
+    """See Kind."""
+    config, out = job.loaded.config, []
+    if job.loaded.tokenizer is None:
+        out.append("there is no tokenizer: the file holds weights alone, and most programs will not take it")
+    elif _composes(job.loaded.tokenizer):
+        out.append("the tokenizer composes accents (NFC) before it cuts text; llama.cpp does not, so compose yours")
+    if config.model_type == "mistral" and getattr(config, "sliding_window", None):
+        out.append(f"llama.cpp has no sliding window for this model: the file allows {config.sliding_window} tokens")
+    return out
 
 
 class LlamaCpp(nn.Module):
@@ -71,8 +92,7 @@ class LlamaCpp(nn.Module):
 
     def __init__(self, path: Path, context: int) -> None:
         super().__init__()
-        import llama_cpp
-
+        llama_cpp: Any = import_module("llama_cpp")
         threads = torch.get_num_threads()
         self.llama: Any = llama_cpp.Llama(
             str(path), n_ctx=context, n_batch=context, n_threads=threads, n_threads_batch=threads, n_gpu_layers=0,
@@ -93,3 +113,10 @@ class LlamaCpp(nn.Module):
     def tokenize(self, text: str) -> list[int]:
         """Ids of a text, special tokens in it read as such; with those that the file says are put around it."""
         return self.llama.tokenize(text.encode(), add_bos=True, special=True)
+
+    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Ids of a conversation, as the file's template renders it up to the assistant's answer."""
+        llama, formats = self.llama, import_module("llama_cpp.llama_chat_format")
+        bos, eos = (llama.detokenize([i], special=True).decode() for i in (llama.token_bos(), llama.token_eos()))
+        render = formats.Jinja2ChatFormatter(llama.metadata["tokenizer.chat_template"], eos, bos)
+        return llama.tokenize(render(messages=messages).prompt.encode(), add_bos=False, special=True)

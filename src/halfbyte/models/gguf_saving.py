@@ -23,13 +23,14 @@ FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SOURCE_NAMES = ("general.name", "general.type", "general.quantization_version", "general.file_type")
 
 
-def refuses(loaded: Loaded, formats: Mapping[str, Format]) -> str | None:
-    """Why no GGUF file can hold the model, its ops made codes as `formats` says (op's name -> format), in words."""
+def refuses(loaded: Loaded, formats: Mapping[str, Format], floats: torch.dtype | None = None) -> str | None:
+    """Why no GGUF file can hold the model as `save` would write it, in words; None if one can."""
     try:
         gguf.metadata(loaded.config)
         for name, op, _ in parameters(loaded):
             gguf.architecture_of(loaded.config).tensor(name, loaded.config)
-            f = formats.get(name.removesuffix(".weight"), None if op is None else op.weight.format)
+            kept = None if op is None or floats else op.weight.format
+            f = formats.get(name.removesuffix(".weight"), kept)
             if f is not None and op is not None:
                 ggml.row_bytes(f, op.weight.shape[-1])
             if isinstance(op, Linear) and op.input is not None:
@@ -43,12 +44,13 @@ def save(
     loaded: Loaded, path: Path, formats: Mapping[str, Format], floats: torch.dtype | None = None,
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:  # fmt: skip
-    """Writes the model as a GGUF file. formats: op's name -> what its weight is rounded to, to nearest; the others stay
-    the codes that they are, or floats in `floats` (their own dtype if None). What has one dimension is float32.
+    """Writes the model as a GGUF file. formats: op's name -> what its weight is rounded to, to nearest. floats: the
+    dtype that all others get, codes among them; if None they stay the codes or floats that they are. What has one
+    dimension is float32.
 
     Raises InputError where `refuses` would have said why, and for values that a dtype cannot hold.
     """
-    if (why := refuses(loaded, formats)) is not None:
+    if (why := refuses(loaded, formats, floats)) is not None:
         raise InputError(f"{why}.")
     config, tokenizer = loaded.config, loaded.tokenizer
     heads: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -85,7 +87,7 @@ def _head(
         return tensor, "f32" if len(shape) == 1 else _kind(floats or loaded.config.dtype), shape
     shape = tuple(op.weight.shape)
     f = formats.get(module)
-    if f is None and isinstance(op.weight.stored, Codes) and not op.weight.adapters:
+    if f is None and floats is None and isinstance(op.weight.stored, Codes) and not op.weight.adapters:
         f = op.weight.stored.q.format
     return tensor, _kind(floats or loaded.config.dtype) if f is None else f.name, shape
 
@@ -104,8 +106,9 @@ def _values(
             v, f = get(), formats.get(name.removesuffix(".weight"))
             if f is not None:
                 v = kernels.quantize(v if isinstance(v, Tensor) else v.dequantize(), f)
-            elif isinstance(v, Tensor) and v.ndim > 1:
-                v = _cast(name, v, floats or loaded.config.dtype)
+            elif floats is not None or (isinstance(v, Tensor) and v.ndim > 1):
+                v = v if isinstance(v, Tensor) else v.dequantize()
+                v = v if v.ndim == 1 else _cast(name, v, floats or loaded.config.dtype)
             return gguf.placed(name, v, loaded.config)[1]
 
         yield name, value

@@ -177,12 +177,16 @@ def read(file: File) -> Any:
 
 
 def _respace(backend: Any, prefix: bool) -> None:
-    """Makes a tokenizer write spaces as SentencePiece does, with one in front or not."""
-    from tokenizers import normalizers
+    """Makes a tokenizer write spaces as SentencePiece does, with one in front or not, and take that off again."""
+    from tokenizers import decoders, normalizers
 
     steps = [normalizers.Prepend(_SPACE)] if prefix else []
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
-    backend.pre_tokenizer = None  # pyright: ignore
+    backend.pre_tokenizer = None
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
 
 
 def cut(backend: Any, split: Split, prefix: bool) -> None:

@@ -208,14 +208,16 @@ def _by_transformers(cls: Any, path: Path, dtype: torch.dtype) -> Any:
 def _load_gguf(source: str | Path, path: Path, dtype: torch.dtype, weights: bool) -> Loaded:
     """A file of an architecture that halfbyte knows: its codes as they are. Others by transformers, in floats."""
     file = File(path)
-    config = gguf.read_config(file)
-    if config is None:
-        return _load_other_gguf(source, path, dtype)
-    config.dtype = dtype
     try:
-        model = skeleton(config)
-    except Exception as e:
+        config = gguf.read_config(file)
+        model = None if config is None else skeleton(config)
+    except InputError:
+        raise
+    except Exception as e:  # whatever a class makes of numbers that cannot be
         raise InputError(f"{path} describes no model that can be made: {reason(e)}") from None
+    if config is None or model is None:
+        return _load_other_gguf(source, file, dtype)
+    config.dtype = dtype
     stored = gguf.Stored(file, config, dtype)
     stored.check(dict(model.named_parameters(remove_duplicate=False)))
     swap(model)
@@ -225,13 +227,13 @@ def _load_gguf(source: str | Path, path: Path, dtype: torch.dtype, weights: bool
     return Loaded(model.eval(), gguf_tokenizer.read(file), str(source), path, sha256, checkpoint)
 
 
-def _load_other_gguf(source: str | Path, path: Path, dtype: torch.dtype) -> Loaded:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _load_other_gguf(source: str | Path, file: File, dtype: torch.dtype) -> Loaded:
+    from transformers import AutoModelForCausalLM
 
+    path = file.path
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # the reader's progress bar
             model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as e:
         raise InputError(f"{path} cannot be read as a gguf model: {reason(e)}") from None
     if hasattr(model.config, "quantization_config"):
@@ -240,7 +242,7 @@ def _load_other_gguf(source: str | Path, path: Path, dtype: torch.dtype) -> Load
         p.data = p.data.to(dtype)
     model.config.dtype = dtype
     swap(model)
-    return Loaded(model.eval(), tokenizer, str(source), path, sha256_of([path]))
+    return Loaded(model.eval(), gguf_tokenizer.read(file), str(source), path, sha256_of([path]))
 
 
 def _tokenizer(path: Path) -> Any:
