@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     args = parser.parse_args()
     loaded = run.load(packaged(), "float32")
+    run.dequantize(loaded)
     role = models.roles(loaded.model)
     off_the_grid(loaded.model, role)
     sets = {"domain": sample_data.domain_text()["train"], "docstrings": sample_data.docstring_task()["train"][:400]}
