@@ -51,7 +51,7 @@ def test_bits_per_weight(name):
     size = {"source": 4, "float32": 4, "float16": 2, "float8_e8m0fnu": 1}
     if isinstance(f.scale, str):
         expected = rows * n * f.bits // 8 + groups * size[f.scale]
-        expected += 0 if f.zero is None else groups * (1 if f.zero == "integer" else 2)
+        expected += 0 if f.zero is None else groups * {"integer": 1, "float16": 2, "source": 4}[str(f.zero)]
         assert q.nbytes == expected
 
 
@@ -67,8 +67,17 @@ def test_known_bits_per_weight(name, bits):
 
 
 def test_rows_are_the_rows():
-    for name in ("int4-g32", "uint4-g32", "int3-g32", "nf4-g64", "fp8-e4m3-channel", "q4_1"):
-        q = kernels.quantize(torch.randn(10, 64), name)
+    for name in (
+        "int4-g32",
+        "uint4-g32",
+        "int3-g32",
+        "nf4-g64",
+        "fp8-e4m3-channel",
+        "q4_1",
+        "q6_k",
+        "uint4-g32-affine",
+    ):
+        q = kernels.quantize(torch.randn(10, 256), name)
         assert q.has_rows
         index = torch.tensor([[3, 3], [0, 9]])
         assert torch.equal(q.rows(index).dequantize(), q.dequantize()[index])

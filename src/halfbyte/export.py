@@ -138,6 +138,8 @@ def export(
         else:
             done.rows = _prove(source, partial, kind, proof, say)
         if not kind.SUFFIX:
+            notes = {"exported": kind.NAME, "source": Path(str(source)).name}
+            (partial / run.NOTES).write_text(json.dumps(notes, indent=1) + "\n")
             _write_ledger(partial / evaluate.LEDGER, done.rows)
     if kind.SUFFIX:
         _write_ledger(output.with_suffix(".ledger.json"), done.rows)

@@ -190,7 +190,7 @@ _TABLES = {
 }
 _NAME = re.compile(
     r"(?P<base>(?P<u>u?)int(?P<bits>[2-8])|nf4|fp4-bnb|fp4-e2m1|fp8-e4m3|fp8-e5m2)"
-    r"-(?P<group>tensor|channel|token|g(?P<n>[1-9][0-9]*))(?P<sym>-sym|-asym)?(?P<dq>-dq)?"
+    r"-(?P<group>tensor|channel|token|g(?P<n>[1-9][0-9]*))(?P<sym>-sym|-asym|-affine)?(?P<dq>-dq)?"
 )
 
 
@@ -270,12 +270,13 @@ def _parse(name: str) -> Format | None:
     group = int(m["n"]) if m["n"] else m["group"].replace("token", "channel")
     if m["bits"]:
         symmetric = m["sym"] == "-sym" or (m["sym"] is None and not m["u"])
-        if m["dq"]:
+        if m["dq"] or (m["sym"] == "-affine" and symmetric):
             return None
         grid = Integers(int(m["bits"]), signed=symmetric)
         # measured (see kernels.search.weighted): a search pays for few symmetric levels, the range does elsewhere
         search = "weighted" if symmetric and grid.bits <= 4 else "minmax"
-        return Format(name, grid, group, zero=None if symmetric else "integer", search=search)
+        zero = None if symmetric else SOURCE if m["sym"] == "-affine" else "integer"  # affine: MLX's, a float is added
+        return Format(name, grid, group, zero=zero, search=search)
     base = _TABLES[m["base"]]
     if m["sym"] or (m["dq"] and m["base"] != "nf4") or (base.flat and not m["n"]):
         return None
@@ -289,7 +290,9 @@ FORMATS = Formats(
             "int8-tensor", "int8-channel", "int8-g128", "int8-g64", "int8-g32", "uint8-channel", "uint8-g64",
             "int6-g64", "int5-g64", "int4-channel", "int4-g128", "int4-g64", "int4-g32",
             "uint4-channel", "uint4-g128", "uint4-g64", "uint4-g32", "int3-g128", "int3-g64", "int3-g32", "uint3-g64",
-            "int2-g64", "int2-g32", "uint2-g64", "uint2-g32", "nf4-g64", "nf4-g64-dq", "fp4-bnb-g64", "fp4-e2m1-g32",
+            "int2-g64", "int2-g32", "uint2-g64", "uint2-g32",
+            "uint8-g64-affine", "uint4-g64-affine", "uint4-g32-affine",
+            "nf4-g64", "nf4-g64-dq", "fp4-bnb-g64", "fp4-e2m1-g32",
             "fp8-e4m3-tensor", "fp8-e4m3-channel", "fp8-e5m2-channel",
         )
         if (f := _parse(n))

@@ -87,7 +87,8 @@ class QTensor:
     shape: the logical shape, (..., out, in). dtype: the source's, and that of `dequantize()`.
     parts: "codes" uint8, packed along the input; "scale" and "zero", each a tensor of shape
     `format.groups(shape)` or, where the format nests, a QTensor of that shape; "offset", a scalar that
-    centred formats add.
+    centred formats add; "order", int32 (in,): codes are held in another order of the inputs, of which this is the
+    first, the second ... (GPTQ's desc_act).
 
     A kernel may put the bytes of the parts into an order of its own, which `layout` then names; `canonical()`
     takes that back, and all else that reads parts does so first. Only who reaches into `parts` must know.
@@ -143,7 +144,9 @@ class QTensor:
             value = ungrouped(decode(self.codes, self.format, self.qparams), self.shape)
         offset = self.parts.get("offset", 0.0)
         assert not isinstance(offset, QTensor)
-        return (value + offset if self.format.center else value).to(self.dtype)
+        value = (value + offset if self.format.center else value).to(self.dtype)
+        order = self.parts.get("order")
+        return value[..., order.argsort()] if isinstance(order, Tensor) else value
 
     def _whole_bytes(self) -> bool:
         """Whether codes fill bytes and groups exactly, so that no part of either is filling."""
@@ -167,7 +170,7 @@ class QTensor:
     def has_rows(self) -> bool:
         """Whether rows can be taken alone: each has its own whole groups, and those of its scales. A kernel's layout
         has only rows of plain scales."""
-        if len(self.shape) != 2 or self.format.group == "tensor" or self.format.center:
+        if len(self.shape) != 2 or self.format.group == "tensor" or self.format.center or "order" in self.parts:
             return False
         nested = [p for p in self.parts.values() if isinstance(p, QTensor)]
         if nested and self.laid_out is not None:
@@ -214,7 +217,7 @@ class QTensor:
     def of_leaves(cls, f: Format, shape: tuple[int, ...], dtype: torch.dtype, tensors: dict[str, Tensor]) -> QTensor:
         """A QTensor of canonical parts, named as `tensors()` names them."""
         parts: dict[str, Tensor | QTensor] = {}
-        for name, how in (("codes", None), ("scale", f.scale), ("zero", f.zero), ("offset", None)):
+        for name, how in (("codes", None), ("scale", f.scale), ("zero", f.zero), ("offset", None), ("order", None)):
             inner = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
             if isinstance(how, Format) and inner:
                 parts[name] = cls.of_leaves(how, f.groups(shape), torch.float32, inner)

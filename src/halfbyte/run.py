@@ -121,7 +121,7 @@ class Run:
             )
         sites = {e.name: (e.after, e.role) for e in plan(self.model, chosen) if e.after is not None}
         if sites:
-            container_for(sites)
+            container_for(sites, models.own_container(self.loaded))
 
     def holds_as_it_is(self) -> bool:
         """Whether a folder layout holds the codes that the model has."""
@@ -130,7 +130,7 @@ class Run:
             n: (op.weight.stored.q.format, role[n]) for n, op in ops(self.model) if isinstance(op.weight.stored, Codes)
         }
         try:
-            return not sites or bool(container_for(sites))
+            return not sites or bool(container_for(sites, models.own_container(self.loaded)))
         except InputError:
             return False
 

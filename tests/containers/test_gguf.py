@@ -477,6 +477,7 @@ def test_a_hostile_file_costs_little(tmp_path):
         (key(STRING, struct.pack("<Q", 2**24 + 1)), "'k' has 16777217 bytes"),
         (key(STRING, struct.pack("<Q", 2**35)), "larger than 134217728 bytes"),
     ],
+    ids=["u8", "u64", "texts", "a text", "a long text"],
 )
 def test_what_a_large_file_claims_is_not_read_either(tmp_path, head, said):
     """Files of zeros that take no room on disk: as long as they claim to be, and more than any metadata are."""
@@ -491,6 +492,15 @@ def test_what_a_large_file_claims_is_not_read_either(tmp_path, head, said):
         assert tracemalloc.get_traced_memory()[1] < 1e6
     finally:
         tracemalloc.stop()
+
+
+def test_metadata_are_not_too_large_together(tmp_path, monkeypatch):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(built(array(U8, 90, bytes(90)), array(U8, 90, bytes(90), "l"), keys=2))
+    assert list(gguf.File(path).metadata) == ["k", "l"]
+    monkeypatch.setattr(gguf, "_MOST_METADATA", 100)
+    with pytest.raises(InputError, match=r"m\.gguf.*larger than 100 bytes"):
+        gguf.File(path)
 
 
 def test_missing_files(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from halfbyte.containers import bitsandbytes, compressed_tensors
+from halfbyte.containers import awq, bitsandbytes, compressed_tensors, gptq, mlx
 from halfbyte.errors import InputError
 from halfbyte.formats import Format
 from halfbyte.qtensor import QTensor
@@ -37,24 +37,31 @@ class Container(Protocol):
         """From a quantization_config and the names on disk: module -> (weight format, input format)."""
         ...
 
-    def decode(self, name: str, f: Format, shape: tuple[int, ...], get: Get) -> QTensor:
-        """The weight of module `name`, codes unchanged. Raises InputError if sizes do not fit."""
+    def decode(
+        self, name: str, f: Format, shape: tuple[int, ...], get: Get, config: Mapping[str, Any] = {}
+    ) -> QTensor:  # fmt: skip
+        """The weight of module `name`, codes unchanged; config: as `formats` got it. Raises InputError if sizes do
+        not fit."""
         ...
 
 
 CONTAINERS: dict[str, Container] = {
     c.METHOD: c  # pyright: ignore[reportAssignmentType]
-    for c in (compressed_tensors, bitsandbytes)
+    for c in (compressed_tensors, bitsandbytes, gptq, mlx, awq)
 }
 
 
-def container_for(sites: Mapping[str, tuple[Format, str]]) -> Container:
-    """The first container that holds all of these (module -> format, role). Raises InputError with each one's
-    reason if none does."""
+# Those that plain transformers reads: what a folder becomes unless another is asked for.
+DEFAULTS = (compressed_tensors, bitsandbytes)
+
+
+def container_for(sites: Mapping[str, tuple[Format, str]], first: Container | None = None) -> Container:
+    """The first container that holds all of these (module -> format, role): `first`, then those of DEFAULTS. Raises
+    InputError with each one's reason if none does."""
     reasons = []
-    for c in CONTAINERS.values():
-        why = next((f"{name}: {w}" for name, (f, role) in sites.items() if (w := c.refuses(f, role))), None)
+    for c in dict.fromkeys(c.METHOD for c in ([first] if first else []) + [*DEFAULTS]):  # pyright: ignore
+        why = next((f"{name}: {w}" for name, (f, role) in sites.items() if (w := CONTAINERS[c].refuses(f, role))), None)
         if why is None:
-            return c
-        reasons.append(f"{c.METHOD} ({why})")
+            return CONTAINERS[c]
+        reasons.append(f"{c} ({why})")
     raise InputError(f"no folder layout that others read can hold this model: {'; '.join(reasons)}.")

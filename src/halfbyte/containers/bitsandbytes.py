@@ -160,7 +160,7 @@ def _format(full: str, kind: str, state: Mapping[str, Any]) -> Format:
     return FORMATS[f"{_TYPES[kind]}-g{block}-dq"]
 
 
-def decode(name: str, f: Format, shape: tuple[int, ...], get: Get) -> QTensor:
+def decode(name: str, f: Format, shape: tuple[int, ...], get: Get, config: Mapping[str, Any] = {}) -> QTensor:
     """See Container."""
     full = f"{name}{_STATE}{_type(f)}"
     state = _state(full, get)

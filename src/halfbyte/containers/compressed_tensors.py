@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from halfbyte.containers.words import from_words, to_words, typed
 from halfbyte.errors import InputError
 from halfbyte.formats import FORMATS, SOURCE, Float8, Format, Integers
 from halfbyte.qtensor import QTensor, check_parts, pack
@@ -42,12 +43,12 @@ def encode(name: str, q: QTensor, input: Format | None = None) -> dict[str, Tens
     if _layout(f, input) == "int-quantized":
         # two's complement is the offset code with its highest bit turned
         return {f"{name}.weight": (q.codes ^ 128).view(torch.int8), **out}
-    out[f"{name}.weight_packed"] = _words(q.codes, f.bits)
+    out[f"{name}.weight_packed"] = to_words(q.codes, f.bits)
     out[f"{name}.weight_shape"] = torch.tensor(q.shape)
     if "zero" in q.parts:
         zero = q.parts["zero"]
         assert isinstance(zero, Tensor)
-        out[f"{name}.weight_zero_point"] = _words(zero.T, f.bits).T.contiguous()
+        out[f"{name}.weight_zero_point"] = to_words(zero.T, f.bits).T.contiguous()
     return out
 
 
@@ -55,21 +56,6 @@ def _layout(f: Format, input: Format | None) -> str:
     if isinstance(f.grid, Float8):
         return "float-quantized"
     return "int-quantized" if input is not None and f.bits == 8 and f.zero is None else "pack-quantized"
-
-
-def _words(codes: Tensor, bits: int) -> Tensor:
-    """uint8 (rows, n) -> int32 (rows, ceil(n / per)): `per` = 32 // bits codes a word, the first lowest."""
-    per = 32 // bits
-    runs = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per)).unflatten(-1, (-1, per)).long()
-    word = (runs << (bits * torch.arange(per))).sum(-1)
-    return torch.where(word >= 1 << 31, word - (1 << 32), word).to(torch.int32)
-
-
-def _codes(words: Tensor, bits: int, n: int) -> Tensor:
-    """The inverse of `_words`."""
-    per = 32 // bits
-    runs = (words.long()[..., None] >> (bits * torch.arange(per))) & ((1 << bits) - 1)
-    return runs.flatten(-2)[..., :n].to(torch.uint8)
 
 
 def _args(f: Format, dynamic: bool = False) -> dict[str, Any]:
@@ -176,14 +162,14 @@ def _format(args: Any, name: str) -> Format:
         raise InputError(f"quantization_config: {name}'s arguments are none that halfbyte knows: {args}.") from None
 
 
-def decode(name: str, f: Format, shape: tuple[int, ...], get: Get) -> QTensor:
+def decode(name: str, f: Format, shape: tuple[int, ...], get: Get, config: Mapping[str, Any] = {}) -> QTensor:
     scale, groups = get(f"{name}.weight_scale"), f.groups(shape)
     if _squeezed(tuple(scale.shape)) != _squeezed(groups) or scale.dtype not in _SCALES:
         raise InputError(
             f"{name}.weight_scale: {f.name} needs floats of the shape {groups}, not {tuple(scale.shape)} {scale.dtype}."
         )
     if isinstance(f.grid, Float8):
-        codes, zero = _tensor(f"{name}.weight", f.grid.dtype, shape, get).view(torch.uint8), None
+        codes, zero = typed(f"{name}.weight", get(f"{name}.weight"), (f.grid.dtype,), shape).view(torch.uint8), None
     else:
         codes, zero = _integers(name, f, shape, get)
     parts: dict[str, Tensor | QTensor] = {"codes": pack(codes, f.bits), "scale": scale.reshape(groups)}
@@ -199,13 +185,6 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(d for d in shape if d != 1)
 
 
-def _tensor(name: str, dtype: torch.dtype, shape: tuple[int, ...], get: Get) -> Tensor:
-    t = get(name)
-    if t.dtype != dtype or tuple(t.shape) != shape:
-        raise InputError(f"{name} should be {dtype} of the shape {shape}, not {t.dtype} {tuple(t.shape)}.")
-    return t
-
-
 def _integers(name: str, f: Format, shape: tuple[int, ...], get: Get) -> tuple[Tensor, Tensor | None]:
     """Codes and, where the format has them, zero points: packed into int32, or an int8 each (int-quantized)."""
     rows, groups, per = shape[0], f.groups(shape), 32 // f.bits
@@ -215,17 +194,19 @@ def _integers(name: str, f: Format, shape: tuple[int, ...], get: Get) -> tuple[T
         half = 1 << (f.bits - 1)
 
         def whole(part: str, size: tuple[int, ...]) -> Tensor:
-            q = _tensor(f"{name}.{part}", torch.int8, size, get).short() + half
+            q = typed(f"{name}.{part}", get(f"{name}.{part}"), (torch.int8,), size).short() + half
             if q.numel() and (q.min() < 0 or q.max() >= 2 * half):
                 raise InputError(f"{name}.{part} holds integers of more than {f.bits} bits.")
             return q.to(torch.uint8)
 
         return whole("weight", shape), whole("weight_zero_point", groups) if f.zero else None
-    words = _tensor(f"{name}.weight_packed", torch.int32, (rows, -(-shape[1] // per)), get)
+    words = typed(f"{name}.weight_packed", get(f"{name}.weight_packed"), (torch.int32,), (rows, -(-shape[1] // per)))
     if (stated := tuple(get(f"{name}.weight_shape").flatten().tolist())) != shape:
         raise InputError(f"{name}.weight_shape says {stated}; the model needs {shape}.")
-    codes = _codes(words, f.bits, shape[1])
+    codes = from_words(words, f.bits, shape[1])
     if not f.zero:
         return codes, None
-    packed = _tensor(f"{name}.weight_zero_point", torch.int32, (-(-rows // per), groups[1]), get)
-    return codes, _codes(packed.T, f.bits, rows).T
+    packed = typed(
+        f"{name}.weight_zero_point", get(f"{name}.weight_zero_point"), (torch.int32,), (-(-rows // per), groups[1])
+    )
+    return codes, from_words(packed.T, f.bits, rows).T

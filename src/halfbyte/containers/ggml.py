@@ -86,6 +86,8 @@ _SAME = {"int4": "q4_0", "int5": "q5_0", "int8": "q8_0"}  # symmetric integers: 
 def fitting(q: QTensor) -> QTensor | None:
     """The same values in one of ggml's blocks, codes and scales unchanged; None if none has them. Symmetric integers
     in longer groups fit where fp16 holds their scales exactly: each scale is then stored once for every 32."""
+    if "order" in q.parts:
+        return None
     if q.format.name in BLOCKS and q.format == FORMATS[q.format.name]:
         return q if q.shape[-1] % BLOCKS[q.format.name].numbers == 0 else None
     f, scale = q.format, q.parts["scale"]

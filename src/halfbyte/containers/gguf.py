@@ -271,6 +271,7 @@ def write(
             assert next(expected) == (name, (kind_of(t), tuple(t.shape))), name
             data = ggml.to_blocks(t) if isinstance(t, QTensor) else t.detach().contiguous().view(torch.uint8)
             writer.write_tensor_data(data.numpy())
+        assert next(expected, None) is None
     finally:
         writer.close()
 

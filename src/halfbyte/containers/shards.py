@@ -19,7 +19,7 @@ _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "U32": torch.uint32, "BOOL": torch.bool,
 }  # fmt: skip
 _LARGEST_HEADER = 100_000_000  # safetensors' own bound
 MAX_SHARD = 4_000_000_000  # bytes: what hubs and older file systems take
@@ -79,7 +79,7 @@ class Shards:
             raise InputError(f"{self.files[0].parent if self.files else '?'}: the tensor {name!r} is missing.")
         file, dtype, shape, begin, end = self._where[name]
         data = bytearray(end - begin)
-        with open(file, "rb", buffering=0) as f:
+        with open(file, "rb") as f:  # buffered: a raw read ends after 2 GiB
             f.seek(begin)
             if f.readinto(data) != len(data):
                 raise InputError(f"{file}: it ends inside the tensor {name!r}.")

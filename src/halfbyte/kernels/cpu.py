@@ -114,6 +114,8 @@ def refuses(q: QTensor) -> str | None:
         return f"{f.name} of shape {q.shape}: the C++ products take matrices that are not empty"
     if not (isinstance(f.grid, Integers) and f.bits in (4, 8)) and not (isinstance(f.grid, Table) and f.bits == 4):
         return f"{f.name}: the C++ products take integers of 4 or 8 bits and tables of 4"
+    if "order" in q.parts:
+        return f"{f.name}: the C++ products take inputs in their own order"
     if f.group == "tensor" or f.center:
         return f"{f.name}: the C++ products take scales by group or by row"
     cols, group = q.shape[1], _group(q)

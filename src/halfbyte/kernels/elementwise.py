@@ -31,6 +31,8 @@ def refuses(job: str, x: Tensor | QTensor) -> str | None:
     codes = x.parts["codes"] if isinstance(x, QTensor) else x
     if not isinstance(codes, Tensor) or codes.device.type != "cpu":
         return f"the C++ kernels run on the CPU, not on {codes.device.type if isinstance(codes, Tensor) else codes}"
+    if isinstance(x, QTensor) and "order" in x.parts:
+        return f"{x.format.name}: codes are in another order of the inputs"
     if x.dtype not in DTYPES:
         return f"no C++ kernel does {job} in {str(x.dtype).removeprefix('torch.')}"
     return None

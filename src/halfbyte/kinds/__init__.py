@@ -13,7 +13,7 @@ from torch import nn
 
 from halfbyte.errors import InputError
 from halfbyte.formats import Format
-from halfbyte.kinds import gguf
+from halfbyte.kinds import folders, gguf
 from halfbyte.models import Loaded
 from halfbyte.qtensor import QTensor
 
@@ -65,7 +65,7 @@ class Kind(Protocol):
         ...
 
 
-KINDS: dict[str, Kind] = {k.NAME: k for k in (gguf,)}  # pyright: ignore[reportAssignmentType]
+KINDS: dict[str, Kind] = {k.NAME: k for k in (gguf, *folders.FOLDERS)}  # pyright: ignore[reportAssignmentType]
 
 
 def kind(name: str | None, output: Path) -> Kind:

@@ -40,13 +40,18 @@ class Folder:
         self.shards, self.names = shards, names
         self.container: Container | None = None
         self.formats: dict[str, tuple[Format, Format | None]] = {}
+        self.config: dict[str, Any] = {}
         if quantization is not None:
-            config = quantization if isinstance(quantization, dict) else quantization.to_dict()
+            self.config = config = quantization if isinstance(quantization, dict) else quantization.to_dict()
             method = config.get("quant_method", "?")
             if method not in CONTAINERS:
                 raise InputError(f"weights quantized by {method!r} cannot be read; {', '.join(CONTAINERS)} can.")
             self.container = CONTAINERS[method]
             self.formats = self.container.formats(config, set(shards), shards.get)
+            if not self.formats:
+                raise InputError(
+                    f"config.json says that the weights are quantized by {method}; none of its tensors is."
+                )
 
     def __contains__(self, name: str) -> bool:
         return name in self.names
@@ -55,7 +60,7 @@ class Folder:
         stored = self._stored(name)
         if stored in self.formats:  # in which every container keeps the op's own orientation
             assert self.container is not None
-            return self.container.decode(stored, self.formats[stored][0], shape, self.shards.get)
+            return self.container.decode(stored, self.formats[stored][0], shape, self.shards.get, self.config)
         t = self.shards.get(self.names[name])
         return t.T.contiguous() if turned and t.ndim == 2 else t
 

@@ -86,6 +86,9 @@ def load(
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         del config.quantization_config
+    if (mlx := getattr(config, "quantization", None)) is not None:  # MLX names no method, and says it twice
+        quantization = {**mlx, "quant_method": "mlx"} if isinstance(mlx, dict) else None
+        del config.quantization
     shards = Shards.of_folder(path)
     try:
         model = skeleton(config, labels)
@@ -170,7 +173,7 @@ def _names(model: nn.Module, shards: Shards, path: Path) -> dict[str, str] | Non
     Checkpoints of a bare model lack the base's prefix, or have one more. None if neither way covers the model:
     then transformers' own loader knows what was renamed.
     """
-    present = {re.sub(r"\.weight_(packed|scale)$", ".weight", n) for n in shards}
+    present = {re.sub(r"\.(weight_packed|weight_scale|qweight)$", ".weight", n) for n in shards}
     prefix = getattr(model, "base_model_prefix", "") + "."
     groups: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from halfbyte.containers import Container, container_for
 from halfbyte.containers.shards import write_shards
+from halfbyte.errors import InputError
 from halfbyte.formats import Format
 from halfbyte.layers import Codes, Linear, Op, ops
+from halfbyte.models.checkpoint import Folder
 from halfbyte.models.loading import Loaded
 from halfbyte.models.structure import roles
 from halfbyte.qtensor import QTensor
@@ -67,6 +69,8 @@ def tensors(loaded: Loaded, container: Container | None) -> Iterator[tuple[str, 
         value = get()
         if isinstance(value, QTensor):
             assert container is not None
+            if "order" in value.parts and container.METHOD != "gptq":
+                raise InputError(f"{name}: its inputs are in an order of their own, which only GPTQ's layout holds.")
             yield from container.encode(name.removesuffix(".weight"), value, getattr(op, "input", None)).items()
         else:
             yield name, value.T if op is not None and op.transposed else value
@@ -77,21 +81,32 @@ def _within(name: str, roots: set[str]) -> bool:
     return any(".".join(parts[:i]) in roots for i in range(1, len(parts) + 1))
 
 
-def save(loaded: Loaded, folder: Path) -> Container | None:
+def own_container(loaded: Loaded) -> Container | None:
+    """The layout that the model's codes came in, if it came as a folder."""
+    source = None if loaded.checkpoint is None else loaded.checkpoint.source
+    return source.container if isinstance(source, Folder) else None
+
+
+def save(loaded: Loaded, folder: Path, container: Container | None = None) -> Container | None:
     """Writes config, weights, tokenizer and generation config into an existing folder, as plain transformers
-    (with the container's library, if anything is quantized) reads them. Gives back the container used.
+    (with the container's library, if anything is quantized) reads them. container: the layout for what is quantized;
+    the model's own, or the first that can, if None. Gives back the one used.
 
     Raises InputError, before anything is written, if no layout holds the model's formats.
     """
     model, role = loaded.model, roles(loaded.model)
     sites = {n: op for n, op in ops(model) if isinstance(op.weight.stored, Codes) and not op.weight.adapters}
-    container = None
     config = copy.deepcopy(model.config)
     if sites:
-        container = container_for({n: (_format(op), role[n]) for n, op in sites.items()})
+        formats = {n: (_format(op), role[n]) for n, op in sites.items()}
+        container = container or container_for(formats, own_container(loaded))
         kept = [n for n, op in ops(model) if n not in sites and isinstance(op, Linear)]
         held = {n: (op.weight.frozen(), getattr(op, "input", None)) for n, op in sites.items()}
-        config.quantization_config = container.config(held, kept)
+        said = container.config(held, kept)
+        config.quantization_config = said
+        if container.METHOD == "mlx":  # which has a key of its own, and no name of a method
+            del config.quantization_config
+            config.quantization = {k: v for k, v in said.items() if k != "quant_method"}
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     write_shards(folder, tensors(loaded, container))

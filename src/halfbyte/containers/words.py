@@ -1,0 +1,31 @@
+"""Codes in 32-bit words, the first lowest: what compressed-tensors, GPTQ and AWQ have in common."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from halfbyte.errors import InputError
+
+
+def to_words(codes: Tensor, bits: int) -> Tensor:
+    """uint8 (..., n) -> int32 (..., ceil(n / per)): `per` = 32 // bits codes a word."""
+    per = 32 // bits
+    runs = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per)).unflatten(-1, (-1, per)).long()
+    word = (runs << (bits * torch.arange(per))).sum(-1)
+    return torch.where(word >= 1 << 31, word - (1 << 32), word).to(torch.int32)
+
+
+def from_words(words: Tensor, bits: int, n: int) -> Tensor:
+    """The inverse: uint8 (..., n)."""
+    per = 32 // bits
+    runs = (words.long()[..., None] >> (bits * torch.arange(per))) & ((1 << bits) - 1)
+    return runs.flatten(-2)[..., :n].to(torch.uint8)
+
+
+def typed(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> Tensor:
+    """The tensor. Raises InputError that names it if it is of another dtype or shape."""
+    if t.dtype not in dtypes or tuple(t.shape) != shape:
+        kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise InputError(f"{name} should be {kinds} of the shape {shape}, not {t.dtype} {tuple(t.shape)}.")
+    return t
