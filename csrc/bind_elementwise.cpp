@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 
@@ -179,6 +180,55 @@ bool bind_search(const std::string& how, int64_t n, int64_t group, const Typed& 
     return n == 0 || search(s, threads);
 }
 
+Fit::Weigh weigh_of(const std::string& name) {
+    if (name == "alike") return Fit::alike;
+    if (name == "size") return Fit::size;
+    if (name == "square") return Fit::square;
+    if (name == "size_and_mean") return Fit::size_and_mean;
+    throw std::invalid_argument("no such weights: " + name);
+}
+
+// importance: float32 (cols,), which n is a multiple of. inner: the grid of the scales of a super-block of `together`
+// groups; scale and zero are then its factors, and the codes one a group.
+bool bind_fit(const GridHandle& grid, int64_t n, int64_t group, const Typed& x, const std::string& weigh, const std::vector<float>& ratios, bool both_signs,
+              bool widen, bool negative, bool keep_zero, std::optional<Span> importance, int64_t cols, Span scale, std::optional<Span> zero,
+              const GridHandle* inner, int64_t together, std::optional<Span> scale_codes, std::optional<Span> zero_codes, int threads) {
+    if (group < 1 || n < 0 || n % group || together < 0 || together > 16 || (together && (n / group) % together))
+        throw std::invalid_argument("least squares are of whole groups and super-blocks");
+    if (grid.g.kind == Grid::float8 || grid.g.lattice) throw std::invalid_argument("least squares are of integers and plain tables");
+    if (ratios.empty() || ratios.size() > 32) throw std::invalid_argument("1 to 32 ratios are tried");
+    if ((grid.g.zero != Grid::none) != zero.has_value()) throw std::invalid_argument("a grid with a zero point needs one, others none");
+    if ((together > 0) != (inner != nullptr) || (together > 0) != scale_codes.has_value() || (together > 0 && zero.has_value()) != zero_codes.has_value())
+        throw std::invalid_argument("a super-block has codes for its scales and minima");
+    Fit f;
+    f.grid = &grid.g, f.type = element_type(x.first), f.x = checked(x.second, n * size_of(f.type), "the tensor");
+    f.n = n, f.group = group, f.weigh = weigh_of(weigh), f.widen = widen, f.negative = negative, f.keep_zero = keep_zero;
+    f.both_signs = both_signs, f.ratios = (int)ratios.size();
+    std::copy(ratios.begin(), ratios.end(), f.ratio);
+    if (grid.g.kind == Grid::table) {
+        std::vector<float> sorted;
+        for (int i = 0; i < 1 << grid.g.bits; i++) sorted.push_back(grid.g.values[i]);
+        std::sort(sorted.begin(), sorted.end());
+        sorted.erase(std::unique(sorted.begin(), sorted.end()), sorted.end());
+        f.first = sorted[0], f.values = (int)sorted.size();
+        for (size_t i = 1; i < sorted.size(); i++) f.steps[i - 1] = sorted[i] - sorted[i - 1];
+    }
+    if (importance) {
+        if (cols < 1 || n % cols || cols % group) throw std::invalid_argument("each input has an importance");
+        f.importance = (const float*)checked(*importance, cols * 4, "the importance"), f.cols = cols;
+    }
+    const int64_t groups = n / group, factors = together ? groups / together : groups;
+    f.scale = (float*)checked(scale, factors * 4, "the scale");
+    if (zero) f.zero = (float*)checked(*zero, factors * 4, "the zero point");
+    if (together) {
+        f.together = together, f.inner = &inner->g;
+        f.scale_codes = checked(*scale_codes, groups, "the codes of scales");
+        if (zero_codes) f.zero_codes = checked(*zero_codes, groups, "the codes of minima");
+    }
+    nb::gil_scoped_release release;
+    return n == 0 || fit(f, threads);
+}
+
 }  // namespace
 
 void bind_elementwise(nb::module_& mod) {
@@ -192,6 +242,9 @@ void bind_elementwise(nb::module_& mod) {
     mod.def("fake", &bind_fake);
     mod.def("fake_grad", &bind_fake_grad);
     mod.def("search", &bind_search);
+    mod.def("fit", &bind_fit, nb::arg("grid"), nb::arg("n"), nb::arg("group"), nb::arg("x"), nb::arg("weigh"), nb::arg("ratios"), nb::arg("both_signs"),
+            nb::arg("widen"), nb::arg("negative"), nb::arg("keep_zero"), nb::arg("importance").none(), nb::arg("cols"), nb::arg("scale"), nb::arg("zero").none(),
+            nb::arg("inner").none(), nb::arg("together"), nb::arg("scale_codes").none(), nb::arg("zero_codes").none(), nb::arg("threads"));
 }
 
 }  // namespace halfbyte

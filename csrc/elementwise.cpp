@@ -63,6 +63,16 @@ void fake(Elements e, int threads) {
 
 void fake_grad(const Elements& e, int threads) { split(e, threads, isa().elementwise.fake_grad); }
 
+bool fit(const Fit& f, int threads) {
+    const Elementwise& use = isa().elementwise;
+    const auto body = f.together ? use.fit_supers : use.fit_groups;
+    std::atomic<bool> finite{true};
+    parallel(worth(threads, 64 * f.n), f.n / f.group / (f.together ? f.together : 1), [&](int64_t begin, int64_t end) {
+        if (!body(f, begin, end)) finite = false;
+    });
+    return finite;
+}
+
 bool search(const Search& s, int threads) {
     const Elementwise& use = isa().elementwise;
     const int64_t groups = ceil_div(s.n, s.group), piece = 1 << 14;

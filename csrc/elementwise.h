@@ -65,6 +65,29 @@ struct Search {
     float *scale = nullptr, *zero_out = nullptr;
 };
 
+// Where scales come from: the least squared error of each group (fit.h).
+struct Fit {
+    enum Weigh : int { alike, size, square, size_and_mean } weigh = alike;  // what each squared error is multiplied by
+    const Grid* grid = nullptr;    // integers, or a table whose neighbours' differences are exact
+    Type type = Type::f32;
+    const uint8_t* x = nullptr;
+    int64_t n = 0, group = 1;      // whole groups
+    const float* importance = nullptr;  // (cols,), by input, or null
+    int64_t cols = 0;
+    bool widen = false, negative = false, keep_zero = false;  // a range holds 0; an added zero is not above 0; as in Search
+    bool both_signs = false;       // a scale may turn the grid round
+    int ratios = 0;
+    float ratio[32] = {};          // of the range, that are tried
+    float steps[256] = {};         // of a table: between its values, by rank
+    float first = 0;
+    int values = 0;
+    float *scale = nullptr, *zero = nullptr;  // by group; by super-block, its factors (of minima: negative)
+    // super-blocks of `together` groups, whose scales and minima are integers of the inner grid
+    int64_t together = 0;
+    const Grid* inner = nullptr;
+    uint8_t *scale_codes = nullptr, *zero_codes = nullptr;
+};
+
 struct Elementwise {
     void (*quantize)(const Elements&, int64_t block_begin, int64_t block_end);
     void (*dequantize)(const Elements&, int64_t block_begin, int64_t block_end);
@@ -75,12 +98,15 @@ struct Elementwise {
     bool (*range)(const Search&, int64_t begin, int64_t end, float* low, float* high);
     bool (*ranges)(const Search&, int64_t group_begin, int64_t group_end);  // of whole groups, to scale and zero
     void (*settle)(const Search&, const float* low, const float* high, int64_t group_begin, int64_t group_end);  // the last step of both
+    bool (*fit_groups)(const Fit&, int64_t group_begin, int64_t group_end);
+    bool (*fit_supers)(const Fit&, int64_t block_begin, int64_t block_end);
 };
 
 void quantize(Elements e, int threads);
 void dequantize(const Elements& e, int threads);
 void fake(Elements e, int threads);
 void fake_grad(const Elements& e, int threads);
+bool fit(const Fit& f, int threads);       // the same
 bool search(const Search& s, int threads);  // false where x holds NaN or infinity
 
 }  // namespace halfbyte

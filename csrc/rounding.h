@@ -2,6 +2,7 @@
 // what the reference in torch gives, bit for bit: true divisions, no sum or product in another order.
 #pragma once
 #include "blocks.h"
+#include "fit.h"
 #if defined(__AVX512BF16__)
 #include "rounding512.h"
 #endif
@@ -340,7 +341,7 @@ bool group_ranges(const Search& s, int64_t begin, int64_t end) {
 }
 
 constexpr Elementwise elementwise = {quantize_blocks,   dequantize_blocks, fake_blocks,  fake_grad_blocks,
-                                     invertible_scales, range_piece,       group_ranges, settle};
+                                     invertible_scales, range_piece,       group_ranges, settle, fit_groups, fit_supers};
 
 }  // namespace
 }  // namespace halfbyte

@@ -22,6 +22,9 @@ struct V {
     static F add(F a, F b) { return _mm512_add_ps(a, b); }
     static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
     static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+    static F smaller(F a, F b) { return _mm512_min_ps(a, b); }
+    static F larger(F a, F b) { return _mm512_max_ps(a, b); }
+    static F add_where_above(F sum, F x, F bound, F step) { return _mm512_mask_add_ps(sum, _mm512_cmp_ps_mask(x, bound, _CMP_GT_OQ), sum, step); }
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static I words(const uint8_t* p) { return _mm512_loadu_si512(p); }
     static I words(const uint8_t* p, int n) { return _mm512_maskz_loadu_epi32((__mmask16)((1u << n) - 1), p); }
@@ -66,6 +69,10 @@ struct V {
     static F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
     static F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
     static F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+    static F smaller(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+    static F larger(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+    static __m256 step_above(__m256 x, __m256 bound, __m256 step) { return _mm256_and_ps(_mm256_cmp_ps(x, bound, _CMP_GT_OQ), step); }
+    static F add_where_above(F sum, F x, F bound, F step) { return add(sum, {step_above(x.a, bound.a, step.a), step_above(x.b, bound.b, step.b)}); }
     static F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
     static I words(const uint8_t* p) { return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))}; }
     static I words(const uint8_t* p, int n) {
@@ -132,6 +139,9 @@ struct V {  // loops that any compiler takes, and most make vectors of
     static F add(F a, F b) { return each([&](int i) { return a.x[i] + b.x[i]; }); }
     static F sub(F a, F b) { return each([&](int i) { return a.x[i] - b.x[i]; }); }
     static F mul(F a, F b) { return each([&](int i) { return a.x[i] * b.x[i]; }); }
+    static F smaller(F a, F b) { return each([&](int i) { return a.x[i] < b.x[i] ? a.x[i] : b.x[i]; }); }
+    static F larger(F a, F b) { return each([&](int i) { return a.x[i] > b.x[i] ? a.x[i] : b.x[i]; }); }
+    static F add_where_above(F sum, F x, F bound, F step) { return each([&](int i) { return x.x[i] > bound.x[i] ? sum.x[i] + step.x[i] : sum.x[i]; }); }
     static F fma(F a, F b, F c) { return each([&](int i) { return a.x[i] * b.x[i] + c.x[i]; }); }
     static I words(const uint8_t* p) { return words(p, 16); }
     static I words(const uint8_t* p, int n) { I r = {}; memcpy(r.x, p, (size_t)(4 * n)); return r; }

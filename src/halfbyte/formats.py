@@ -207,10 +207,10 @@ _FIXED = [
     # ggml's blocks: ggml-quants.c names, the gguf package's arithmetic
     Format("q4_0", Integers(4), 32, "float16", search="weighted"),
     Format("q4_1", Integers(4, signed=False), 32, "float16", zero="float16", search="mse"),
-    Format("q5_0", Integers(5), 32, "float16", search="mse"),
+    Format("q5_0", Integers(5), 32, "float16", search="weighted"),
     Format("q5_1", Integers(5, signed=False), 32, "float16", zero="float16", search="mse"),
     Format("q8_0", Integers(8), 32, "float16"),
-    Format("iq4_nl", Table(_IQ4_NL), 32, "float16", search="mse"),
+    Format("iq4_nl", Table(_IQ4_NL), 32, "float16", search="weighted"),
     _k_quant("q2_k", 2, 16, _super_block("q2_k-scales", 4, 16), _super_block("q2_k-mins", 4, 16)),
     _k_quant("q3_k", 3, 16, _super_block("q3_k-scales", 6, 16, signed=True)),
     _k_quant("q4_k", 4, 32, _super_block("q4_k-scales"), _super_block("q4_k-mins")),

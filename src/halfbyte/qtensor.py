@@ -59,11 +59,13 @@ class QParams:
     """Scale and zero point of one tensor in one format, each float32 of shape `format.groups(shape)`.
 
     zero is None where the format has none; an integer zero point is held as a float here, and is rounded and
-    clamped when stored; a float zero is what is added.
+    clamped when stored; a float zero is what is added. stored: where a format's scales are quantized themselves, the
+    parts "scale" and "zero" that a search has chosen for them; without, they are rounded to nearest.
     """
 
     scale: Tensor
     zero: Tensor | None = None
+    stored: dict[str, QTensor] | None = None
 
 
 class Layout(Protocol):

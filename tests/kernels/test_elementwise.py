@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from halfbyte import kernels
 from halfbyte.errors import InputError
 from halfbyte.formats import FORMATS, Float8, Format, Integers, parse
 from halfbyte.kernels import reference, search
@@ -217,9 +218,61 @@ def test_inputs_need_not_be_contiguous(name):
         check(w.bfloat16() if name == "nf4-g64" else w, f, check_search(w, f, "minmax"))
         ours, theirs = w.clone().requires_grad_(), w.clone().requires_grad_()
         grad = torch.randn(w.shape[1], w.shape[0]).T
-        elementwise.fake(ours, f).backward(grad)
-        reference.fake(theirs, f).backward(grad)
+        p = kernels.qparams(w, f)
+        elementwise.fake(ours, f, p).backward(grad)
+        reference.fake(theirs, f, p).backward(grad)
         same(ours.grad, theirs.grad)
+
+
+FITTED = [n for n in FORMATS if elementwise.finds(FORMATS[n], "mse")]
+
+
+def error(w, f, p, weight):
+    return (((kernels.quantize(w, f, p).dequantize() - w).double() ** 2) * weight).sum().item()
+
+
+@pytest.mark.parametrize("name", FITTED)
+@pytest.mark.parametrize("how", ["mse", "weighted"])
+@pytest.mark.parametrize("kind", ["normal", "shifted", "zeros", "heavy"])
+def test_least_squares_are_no_worse_than_the_reference(name, how, kind):
+    """Sums come in another order and more is tried, so results differ; the error must not grow."""
+    f, w = FORMATS[name], torch.randn(8, 512)
+    w = {"normal": w, "shifted": w * 0.3 - 2, "zeros": w * (torch.rand(8, 512) > 0.7), "heavy": w**3}[kind]
+    weight = torch.ones(()) if how == "mse" else w.abs()
+    for dtype in (torch.float32, torch.bfloat16):
+        v = w.to(dtype)
+        ours, theirs = elementwise.qparams(v, f, how), search.qparams(v, f, how)
+        assert (
+            error(v.float(), f, ours, weight) <= error(v.float(), f, theirs, weight) * 1.02 + 1e-6
+        )  # scales are rounded after
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "uint4-g64", "q4_1", "iq4_nl", "q4_k", "q6_k"])
+def test_least_squares_heed_the_importance_of_inputs(name):
+    f, w, weight = FORMATS[name], torch.randn(16, 256), torch.rand(256) ** 4
+    told, plain = (elementwise.qparams(w, f, "mse", i) for i in (weight, None))
+    assert error(w, f, told, weight) < 0.95 * error(w, f, plain, weight)
+    assert error(w, f, told, weight) <= error(w, f, search.qparams(w, f, "mse", weight), weight) * 1.005
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "q4_1", "q4_k", "q3_k"])
+def test_least_squares_refuse_what_is_not_finite(name):
+    for bad in (math.nan, math.inf, -math.inf):
+        w = torch.randn(4, 256)
+        w[2, 100] = bad
+        with pytest.raises(InputError, match="NaN or infinity"):
+            elementwise.qparams(w, FORMATS[name], "mse")
+
+
+def test_scales_that_a_search_chose_are_those_that_are_stored():
+    w = torch.randn(4, 512)
+    p = kernels.qparams(w, "q4_k")
+    q = kernels.quantize(w, "q4_k", p)
+    assert p.stored is not None
+    assert q.parts["scale"] is p.stored["scale"]
+    assert torch.equal(q.qparams.scale, p.scale)
+    assert torch.equal(kernels.fake(w, "q4_k", p), q.dequantize())
+    assert torch.equal(reference.quantize(w, parse("q4_k"), p).dequantize(), q.dequantize())
 
 
 def test_learned_scales_have_their_gradient():

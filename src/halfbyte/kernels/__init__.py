@@ -35,8 +35,8 @@ __all__ = [
 def qparams(w: Tensor, format: str | Format, how: str | None = None, weight: Tensor | None = None) -> QParams:
     """Scale and zero point of w in a format; see halfbyte.kernels.search.qparams for `how` and `weight`."""
     f = parse(format)
-    if (how or f.search) in elementwise.SEARCHES and _fast("qparams", w):
-        return elementwise.qparams(w, f, how)
+    if elementwise.finds(f, how or f.search) and _fast("qparams", w):
+        return elementwise.qparams(w, f, how, weight)
     return _qparams(w, f, how, weight)
 
 

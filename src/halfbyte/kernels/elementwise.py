@@ -16,11 +16,12 @@ from halfbyte.formats import Float8, Format, Integers, Table
 from halfbyte.kernels import cpu, reference, search
 from halfbyte.kernels.cpu import DTYPES, missing, span
 from halfbyte.kernels.rounding import round_to_grid
-from halfbyte.qtensor import QParams, QTensor, grid_values
+from halfbyte.qtensor import QParams, QTensor, grid_values, pack
 
 _cpu: Any = cpu._cpu  # None where it was not built: see refuses
 
-SEARCHES = ("minmax", "absmax")  # what `qparams` finds here; the others are the reference's
+_RANGES = ("minmax", "absmax")
+_WEIGHTS = {"mse": "alike", "weighted": "size"}  # of squared errors, by search
 _STORED = {**DTYPES, torch.float8_e8m0fnu: "float8_e8m0fnu", torch.uint8: "uint8"}
 
 
@@ -90,12 +91,27 @@ def _typed(t: Tensor | None) -> tuple[str, tuple[int, int]] | None:
     return None if t is None else (_STORED[t.dtype], span(t))
 
 
-def qparams(w: Tensor, f: Format, how: str | None = None) -> QParams:
-    """See halfbyte.kernels.search.qparams; how is one of SEARCHES."""
+def finds(f: Format, how: str) -> bool:
+    """Whether a search of qparams is done here: ranges, and least squares of integers and of tables of exact steps."""
+    if how in _RANGES:
+        return True
+    table = isinstance(f.grid, Table) and f.bits == 4 and all(v * 2 == int(v * 2) for v in f.grid.values)
+    plain = not f.flat and f.group != "tensor" and f.scale != "float8_e8m0fnu"
+    if isinstance(f.scale, Format):  # super-blocks of integers
+        plain = isinstance(f.scale.grid, Integers) and isinstance(f.scale.group, int) and f.scale.group <= 16
+    return how in _WEIGHTS and plain and (isinstance(f.grid, Integers) or table)
+
+
+def qparams(w: Tensor, f: Format, how: str | None = None, weight: Tensor | None = None) -> QParams:
+    """See halfbyte.kernels.search.qparams; for searches that `finds` tells of."""
     how = how or f.search
-    shape, w, zero = f.groups(tuple(w.shape)), w.detach().contiguous(), _zero(f)
     if w.numel() == 0:
         return search.qparams(w, f, how)
+    return fit(w, f, _WEIGHTS[how], weight) if how in _WEIGHTS else _range(w, f, how)
+
+
+def _range(w: Tensor, f: Format, how: str) -> QParams:
+    shape, w, zero = f.groups(tuple(w.shape)), w.detach().contiguous(), _zero(f)
     widen = zero == "integer" or isinstance(f.zero, Format)
     match f.grid:
         case Integers() as grid if zero is not None:
@@ -122,8 +138,46 @@ def qparams(w: Tensor, f: Format, how: str | None = None) -> QParams:
     return QParams(scale, zeros)
 
 
+def fit(w: Tensor, f: Format, weigh: str, importance: Tensor | None = None) -> QParams:
+    """Scales by the least squared error, each times |w| where `weigh` is "size", and times the importance
+    (in,) of its input.
+
+    Of a format whose scales are integers of a super-block, these are chosen too (`QParams.stored`).
+    """
+    shape, w = f.groups(tuple(w.shape)), w.detach().contiguous()
+    zero, inner = _zero(f), f.scale if isinstance(f.scale, Format) else None
+    together = int(inner.group) if inner is not None else 0
+    blocks = (*shape[:-1], shape[-1] // together) if together else shape
+    scale, zeros = torch.empty(blocks), None if zero is None else torch.empty(blocks)
+    codes = [torch.empty(shape, dtype=torch.uint8) if together and part else None for part in (True, zero is not None)]
+    if importance is not None:
+        importance = importance.detach().float().contiguous()
+    spans = [None if t is None else span(t) for t in (importance, scale, zeros, *codes)]
+    finite = _cpu.fit(
+        grid=_grid(f), n=w.numel(), group=_group(f, tuple(w.shape)), x=_typed(w), weigh=weigh,
+        ratios=search.ratios(f), both_signs=zero is None and not (isinstance(f.grid, Integers) and not f.grid.signed),
+        widen=zero == "integer" or inner is not None, negative=inner is not None, keep_zero=f.keeps_zero,
+        importance=spans[0], cols=w.shape[-1], scale=spans[1], zero=spans[2],
+        inner=None if inner is None else _grid(inner), together=together, scale_codes=spans[3], zero_codes=spans[4],
+        threads=torch.get_num_threads(),
+    )  # fmt: skip
+    if not finite:
+        raise InputError(f"cannot quantize to {f.name}: the tensor of shape {tuple(w.shape)} holds NaN or infinity.")
+    if inner is None:
+        return QParams(scale, zeros)
+
+    stored: dict[str, QTensor] = {}
+    for name, how, held, factor in (("scale", f.scale, codes[0], scale), ("zero", f.zero, codes[1], zeros)):
+        if held is not None and factor is not None:
+            assert isinstance(how, Format)
+            parts: dict[str, Tensor | QTensor] = {"codes": pack(held, how.bits), "scale": factor.half()}
+            stored[name] = QTensor(how, shape, torch.float32, parts)
+    values = {name: dequantize(q) for name, q in stored.items()}
+    return QParams(values["scale"], values.get("zero"), stored)
+
+
 def _found(w: Tensor, f: Format) -> QParams:
-    return qparams(w, f) if f.search in SEARCHES else search.qparams(w, f)
+    return qparams(w, f) if finds(f, f.search) else search.qparams(w, f)
 
 
 def quantize(w: Tensor, f: Format, p: QParams | None = None) -> QTensor:

@@ -30,6 +30,8 @@ def store_qparams(
 ) -> dict[str, Tensor | QTensor]:
     """QParams -> the parts "scale" and "zero" of a QTensor whose source has this dtype. quantize: what makes codes of
     scales that are themselves quantized; this module's, unless another is given."""
+    if p.stored is not None:
+        return dict(p.stored)
     quantize = quantize or _quantize
     parts: dict[str, Tensor | QTensor] = {"scale": _store(p.scale, f.scale, dtype, quantize)}
     if f.zero == "integer":
@@ -90,8 +92,8 @@ class _Fake(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, w: Tensor, scale: Tensor, zero: Tensor | None, f: Format) -> Tensor:
-        _, p, (x, codes, inside) = round_to_format(w, f, QParams(scale, zero))
+    def forward(ctx, w: Tensor, scale: Tensor, zero: Tensor | None, given: QParams, f: Format) -> Tensor:
+        _, p, (x, codes, inside) = round_to_format(w, f, QParams(scale, zero, given.stored))
         ctx.f, ctx.shape, ctx.groups = f, tuple(w.shape), scale.shape
         learned = scale.requires_grad or (zero is not None and zero.requires_grad)
         ctx.save_for_backward(inside, *((x, codes, p.scale, p.zero) if learned else ()))
@@ -103,7 +105,7 @@ class _Fake(torch.autograd.Function):
         rows = grouped(grad, ctx.f)
         dw = ungrouped(rows * inside, ctx.shape).to(grad.dtype)
         if not learned:
-            return dw, None, None, None
+            return dw, None, None, None, None
         x, codes, scale, zero = learned
         value = grid_values(codes, ctx.f, None if zero is None else zero.reshape(-1, 1))
         dscale = (rows * (value - x * inside)).sum(1).reshape(ctx.groups)
@@ -111,11 +113,11 @@ class _Fake(torch.autograd.Function):
         if zero is not None:
             outside = -scale.reshape(-1, 1) if ctx.f.zero == "integer" else 1.0
             dzero = (rows * ~inside * outside).sum(1).reshape(ctx.groups)
-        return dw, dscale, dzero, None
+        return dw, dscale, dzero, None, None
 
 
 def fake(w: Tensor, f: Format, p: QParams | None = None) -> Tensor:
     """See halfbyte.kernels.fake."""
     if p is None:
         p = qparams(w.detach(), f)
-    return _Fake.apply(w, p.scale, p.zero, f)  # pyright: ignore[reportReturnType]
+    return _Fake.apply(w, p.scale, p.zero, p, f)  # pyright: ignore[reportReturnType]

@@ -120,6 +120,16 @@ def absmax(rows: Tensor, f: Format, weight: Tensor | None = None) -> Found:
     return minmax(rows, f)
 
 
+def ratios(f: Format) -> list[float]:
+    """What of a group's range is tried: of both ends alike where there is no zero point, else of each end."""
+    few = f.grid.bits <= 5
+    if isinstance(f.grid, Integers) and f.zero is None:
+        return [1.0, *(torch.linspace(0.7, 1.1, 21) if few else torch.linspace(0.9, 1.02, 7)).tolist()]
+    if isinstance(f.grid, Integers):
+        return [1.0, 0.95, 0.9, 0.85, 0.8, 0.72] if few else [1.0, 0.97, 0.94]
+    return torch.linspace(0.8, 1.2, 21).tolist()
+
+
 def _candidates(rows: Tensor, f: Format) -> Iterator[Found]:
     """Ranges to try: the whole one first, then clipped ones."""
     bits = f.grid.bits
