@@ -17,7 +17,7 @@ from halfbyte.errors import BudgetExceeded, InputError
 from halfbyte.folders import whole, whole_file
 from halfbyte.formats import Format
 from halfbyte.kinds import Job, Kind
-from halfbyte.layers import Codes, ops
+from halfbyte.layers import Codes, Linear, ops
 from halfbyte.models import Loaded
 from halfbyte.models.gguf_saving import FLOATS
 from halfbyte.plan import inventory, plan
@@ -47,11 +47,15 @@ class Proof:
     max_kl: float = MAX_KL
 
 
-def read(source: str | Path, dtype: torch.dtype | None = None, revision: str | None = None) -> Loaded:
-    """Any MODEL, its floats left on disk until they are written. Raises InputError for an adapter: it is merged
-    first."""
+def read(
+    source: str | Path, dtype: torch.dtype | None = None, revision: str | None = None, adapter: bool = False
+) -> Loaded:  # fmt: skip
+    """Any MODEL, its floats left on disk until they are written. adapter: whether an adapter is what is wanted; else
+    InputError is raised for one, since it is merged first."""
     path = models.resolve(source, revision)
     if path.is_dir() and (path / peft.CONFIG).exists():
+        if adapter:
+            return run.load(source, dtype).loaded
         raise InputError(f"{source} is an adapter; `halfbyte merge {source} -o MERGED` makes a model of it.")
     return models.load(source, dtype, revision, weights=False)
 
@@ -60,10 +64,15 @@ def prepare(loaded: Loaded, kind: Kind, format: str | None, requantize: bool, sa
     """Decides what every weight becomes, and says so. format: a scheme, a mix, F32, F16 or BF16; None keeps what is
     there. Raises InputError, before anything is written, for what the kind cannot hold, and for codes that would have
     to be quantized anew unless `requantize`."""
-    wanted, floats = _wanted(loaded, format)
+    if getattr(kind, "ADAPTERS", False):
+        wanted, floats, found = {}, None, []
+        if format is not None:
+            raise InputError(f"--format {format}: {kind.NAME} holds an adapter, which is not quantized.")
+    else:
+        (wanted, floats), found = _wanted(loaded, format), inventory(loaded.model)
     by_name, formats = dict(ops(loaded.model)), {}
     carried, anew = 0, []
-    for e in inventory(loaded.model):
+    for e in found:
         name = e.name.removesuffix(".weight")
         op = by_name.get(name)
         if op is None or e.tied_to:
@@ -81,7 +90,10 @@ def prepare(loaded: Loaded, kind: Kind, format: str | None, requantize: bool, sa
             if name in wanted:
                 formats[name] = wanted[name]
     if anew:
-        _say_anew(loaded, anew, formats, requantize, floats, say)
+        _say_anew(loaded, anew, formats, requantize, floats or (loaded.config.dtype if wanted else None), say)
+        for name in anew:
+            if name not in formats and floats is None:  # what a scheme keeps
+                by_name[name].weight.dequantize()
     if carried:
         say(f"{carried} weights are carried over: codes and scales unchanged")
     job = Job(loaded, formats, floats)
@@ -93,13 +105,16 @@ def prepare(loaded: Loaded, kind: Kind, format: str | None, requantize: bool, sa
 
 
 def _wanted(loaded: Loaded, format: str | None) -> tuple[dict[str, Format], torch.dtype | None]:
-    """op's name -> format, or the dtype that all matrices get."""
+    """op's name -> format, or the dtype that all matrices get. What inputs are rounded to is set in the ops."""
     if format is None:
         return {}, None
-    if format.upper() in FLOATS:
-        return {}, FLOATS[format.upper()]
-    entries = plan(loaded.model, chosen(format))
-    return {e.name.removesuffix(".weight"): e.after for e in entries if e.after is not None and not e.tied_to}, None
+    floats = FLOATS.get(format.upper())
+    entries = [] if floats else [e for e in plan(loaded.model, chosen(format)) if e.after is not None and not e.tied_to]
+    inputs = {e.name.removesuffix(".weight"): e.input for e in entries}
+    for name, op in ops(loaded.model):
+        if isinstance(op, Linear):
+            op.input = inputs.get(name)
+    return {e.name.removesuffix(".weight"): e.after for e in entries if e.after is not None}, floats
 
 
 def chosen(format: str) -> Scheme | Mix:
@@ -110,9 +125,10 @@ def chosen(format: str) -> Scheme | Mix:
 def _say_anew(
     loaded: Loaded, anew: list[str], formats: dict[str, Format], requantize: bool, floats: torch.dtype | None, say: Say
 ) -> None:
-    stored: Any = dict(ops(loaded.model))[anew[0]].weight.stored
-    becomes = formats[anew[0]].name if anew[0] in formats else str(floats).removeprefix("torch.") if floats else None
-    shown = f"{len(anew)} weights on another grid (such as {anew[0]}: {stored.q.format.name})"
+    such = next((n for n in anew if n in formats), anew[0])
+    stored: Any = dict(ops(loaded.model))[such].weight.stored
+    becomes = formats[such].name if such in formats else str(floats).removeprefix("torch.") if floats else None
+    shown = f"{len(anew)} weights on another grid (such as {such}: {stored.q.format.name})"
     if becomes is None:
         raise InputError(
             f"{loaded.source} has {shown}, which the target cannot hold; choose a --format and --requantize."
@@ -134,9 +150,9 @@ def export(
         if proof is None:
             say("not read back: --no-verify")
         elif (why := kind.missing()) is not None:
-            say(f"not read back: {kind.READER} is not here; {why}")
+            say(f"not read back by {kind.READER}: {why}")
         else:
-            done.rows = _prove(source, partial, kind, proof, say)
+            done.rows = _prove(source, partial, kind, job, proof, say)
         if not kind.SUFFIX:
             notes = {"exported": kind.NAME, "source": Path(str(source)).name}
             (partial / run.NOTES).write_text(json.dumps(notes, indent=1) + "\n")
@@ -151,9 +167,13 @@ def _write_ledger(path: Path, rows: list[tuple[str, dict[str, Any]]]) -> None:
         path.write_text(json.dumps([{"stage": stage, **row} for stage, row in rows], indent=1) + "\n")
 
 
-def _prove(source: str | Path, path: Path, kind: Kind, proof: Proof, say: Say) -> list[tuple[str, dict[str, Any]]]:
-    """The reader's rows: against our reading of the same file, and against the model as it was."""
-    ours = run.load(path, torch.float32)
+def _prove(
+    source: str | Path, path: Path, kind: Kind, job: Job, proof: Proof, say: Say
+) -> list[tuple[str, dict[str, Any]]]:
+    """The reader's rows: against our reading of the same file, and against the model as it was. A kind that halfbyte
+    does not read has `ours(job)`: the model as it was written."""
+    in_memory = getattr(kind, "ours", None)
+    ours = run.load(path, torch.float32) if in_memory is None else run.Run(in_memory(job))
     records = _records(proof.data)
     rows = data.encode(records, ours.needs_tokenizer, proof.context, packing=records[0].kind == "text")
     rows.rows[:] = rows.rows[: proof.windows]

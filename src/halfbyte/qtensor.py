@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Protocol
@@ -21,11 +22,21 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 4:
         padded = torch.nn.functional.pad(codes, (0, n % 2))
         return padded[..., 0::2] | (padded[..., 1::2] << 4)
-    # eight codes fill `bits` bytes exactly: one int64 holds them
-    runs = torch.nn.functional.pad(codes, (0, -n % 8)).unflatten(-1, (-1, 8)).long()
-    word = (runs << (bits * torch.arange(8, device=codes.device))).sum(-1, keepdim=True)
-    out = (word >> (8 * torch.arange(bits, device=codes.device))) & 255
-    return out.to(torch.uint8).flatten(-2)[..., : -(-n * bits // 8)].contiguous()
+    # eight codes fill `bits` bytes exactly; in bytes throughout, since wider words would be eight times the memory
+    runs = torch.nn.functional.pad(codes, (0, -n % 8)).unflatten(-1, (-1, 8)).unbind(-1)
+    out = [
+        _joined([_shifted(c, bits * j - 8 * k) for j, c in enumerate(runs) if -bits < bits * j - 8 * k < 8])
+        for k in range(bits)
+    ]
+    return torch.stack(out, -1).flatten(-2)[..., : -(-n * bits // 8)].contiguous()
+
+
+def _shifted(codes: Tensor, by: int) -> Tensor:
+    return codes << by if by >= 0 else codes >> -by
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return functools.reduce(torch.bitwise_or, parts)
 
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
@@ -34,10 +45,12 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
         return packed
     if bits == 4:
         return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)[..., :n]
-    runs = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits)).long()
-    word = (runs << (8 * torch.arange(bits, device=packed.device))).sum(-1, keepdim=True)
-    codes = (word >> (bits * torch.arange(8, device=packed.device))) & ((1 << bits) - 1)
-    return codes.to(torch.uint8).flatten(-2)[..., :n]
+    runs = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits)).unbind(-1)
+    codes = [
+        _joined([_shifted(b, 8 * k - bits * j) for k, b in enumerate(runs) if -8 < 8 * k - bits * j < bits])
+        for j in range(8)
+    ]
+    return (torch.stack(codes, -1).flatten(-2) & ((1 << bits) - 1))[..., :n]
 
 
 def grouped(w: Tensor, f: Format) -> Tensor:

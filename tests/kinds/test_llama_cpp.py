@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import miniatures
-from halfbyte import models, run
+from halfbyte import kinds, models, run
+from halfbyte.adapters import attach, targets
 from halfbyte.generate import generate
 from halfbyte.kinds import gguf as kind
+from halfbyte.kinds import gguf_lora
 from halfbyte.layers import ops
 from halfbyte.models import gguf_saving
 from halfbyte.plan import plan
@@ -113,3 +115,21 @@ def test_the_real_tokenizer_and_its_chats(tmp_path):
     assert kind.differs(reader, loaded.tokenizer) is None
     for chat in CHATS:
         assert reader.chat(chat) == loaded.tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3"])
+def test_an_adapter_beside_its_base(tmp_path, name, rslora):
+    loaded = made(tmp_path, name)
+    adapted = run.load(tmp_path / "base")
+    for adapter in attach(
+        adapted.model, targets(adapted.model, models.roles(adapted.model)), r=4, use_rslora=rslora
+    ).values():
+        torch.nn.init.normal_(adapter.adapters["default"].lora_B, std=0.1)  # pyright: ignore
+    gguf_saving.save(loaded, tmp_path / "m.gguf", {})
+    job = kinds.Job(adapted.loaded)
+    assert gguf_lora.refuses(job) is None
+    gguf_lora.write(job, tmp_path / "lora.gguf")
+    theirs = logits(kind.LlamaCpp(tmp_path / "m.gguf", 64, lora_path=str(tmp_path / "lora.gguf")))
+    assert (logits(adapted.model) - logits(loaded.model)).abs().max() > 0.01
+    torch.testing.assert_close(theirs, logits(adapted.model), rtol=0, atol=1e-4)

@@ -40,7 +40,13 @@ def command(
     target = kind(to, output)
     check_free(output, overwrite, model, data)
     records = None if data is None else read_records(data)
-    job = export.prepare(export.read(model, parse_dtype(dtype), revision), target, format, requantize, say)
+    job = export.prepare(
+        export.read(model, parse_dtype(dtype), revision, getattr(target, "ADAPTERS", False)),
+        target,
+        format,
+        requantize,
+        say,
+    )
     job.on_tensor = progress("tensor")
     proof = None if no_verify else export.Proof(records, windows, max_kl=max_kl)
     done = export.export(model, job, target, output, proof, overwrite, say)

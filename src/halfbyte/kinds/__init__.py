@@ -13,7 +13,7 @@ from torch import nn
 
 from halfbyte.errors import InputError
 from halfbyte.formats import Format
-from halfbyte.kinds import folders, gguf
+from halfbyte.kinds import folders, gguf, gguf_lora, ollama, onnx
 from halfbyte.models import Loaded
 from halfbyte.qtensor import QTensor
 
@@ -53,7 +53,7 @@ class Kind(Protocol):
         ...
 
     def missing(self) -> str | None:
-        """How to install the reader if it is not there; None if it is."""
+        """Why the reader cannot be asked, or how to install it; None if it is there."""
         ...
 
     def open(self, path: Path, context: int) -> nn.Module:
@@ -65,7 +65,10 @@ class Kind(Protocol):
         ...
 
 
-KINDS: dict[str, Kind] = {k.NAME: k for k in (gguf, *folders.FOLDERS)}  # pyright: ignore[reportAssignmentType]
+KINDS: dict[str, Kind] = {
+    k.NAME: k  # pyright: ignore[reportAssignmentType]
+    for k in (gguf, gguf_lora, ollama, onnx, *folders.FOLDERS)
+}
 
 
 def kind(name: str | None, output: Path) -> Kind:

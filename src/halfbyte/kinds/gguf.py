@@ -88,15 +88,15 @@ def remarks(job: Job) -> list[str]:
 
 
 class LlamaCpp(nn.Module):
-    """A GGUF file in llama.cpp, on the CPU: its logits, tokens and texts."""
+    """A GGUF file in llama.cpp, on the CPU: its logits, tokens and texts. more: further settings of llama_cpp.Llama."""
 
-    def __init__(self, path: Path, context: int) -> None:
+    def __init__(self, path: Path, context: int, **more: Any) -> None:
         super().__init__()
         llama_cpp: Any = import_module("llama_cpp")
         threads = torch.get_num_threads()
         self.llama: Any = llama_cpp.Llama(
             str(path), n_ctx=context, n_batch=context, n_threads=threads, n_threads_batch=threads, n_gpu_layers=0,
-            logits_all=True, verbose=False, type_k=_F32, type_v=_F32,
+            logits_all=True, verbose=False, type_k=_F32, type_v=_F32, **more,
         )  # fmt: skip
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Any:

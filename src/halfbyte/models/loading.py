@@ -78,6 +78,8 @@ def load(
     """
     path = resolve(source, revision)
     _quiet()
+    if path.is_dir() and not (path / "config.json").exists() and len(files := list(path.glob("*.gguf"))) == 1:
+        path = files[0]  # as ollama's folders and many a hub's are
     if path.suffix == ".gguf":
         return _load_gguf(source, path, dtype or torch.bfloat16, weights)
     if not path.is_dir():
