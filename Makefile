@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-readers bench sanitize check format clean
+.PHONY: setup demo test test-readers bench bench-containers sanitize check format clean
 
 setup: .venv/ready
 
@@ -31,6 +31,11 @@ test-readers: setup
 bench: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/kernels --json bench.json $(BENCH)
+
+# A fine-tuned model in every container, read by the containers' own readers.
+bench-containers: setup
+	CMAKE_ARGS="-DGGML_NATIVE=OFF" $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[readers]'
+	$(BIN)/python benchmarks/containers.py --json bench-containers.json $(BENCH)
 
 # The kernels' tests on a build that stops at every access outside its memory.
 sanitize: setup

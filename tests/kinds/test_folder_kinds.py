@@ -47,6 +47,16 @@ def test_its_library_reads_what_we_do(base, tmp_path, name, format):
     assert [r["stage"] for r in json.loads((tmp_path / "out" / "ledger.json").read_text())] == [s for s, _ in done.rows]
 
 
+def test_what_inputs_are_rounded_to_is_written(base, tmp_path):
+    exported(base, tmp_path / "out", "compressed-tensors", "W8A8", proof=False)
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    (group,) = said["config_groups"].values()
+    assert group["input_activations"]["num_bits"] == 8
+    assert {op.input and op.input.name for _, op in ops(load(tmp_path / "out").model) if hasattr(op, "input")} == {
+        "int8-token", None
+    }  # fmt: skip
+
+
 @pytest.mark.readers
 @pytest.mark.parametrize("format", ["int4-g32", "int8-g64", "uint4-g64-affine", "uint8-g64-affine", None])
 def test_mlx_reads_what_we_do(base, tmp_path, format):

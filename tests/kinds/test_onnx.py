@@ -252,6 +252,14 @@ def test_codes_in_half_precision(tmp_path, format):
     assert (logits(reader) - logits(kind.ours(job).model)).abs().mean() < 0.01 * logits(models.load(base).model).std()
 
 
+def test_what_readers_do_otherwise_is_said(tmp_path):
+    _, job = made(tmp_path, format="W8A8")
+    assert [r.partition(":")[0] for r in kind.remarks(job)[1:]] == ["inputs are rounded to 8 bits"]
+    for format, more in (("W4A16", []), ("W8A16", ["products of floats with codes of 8 bits need onnxruntime 1.23"])):
+        said = kind.remarks(export.prepare(export.read(tmp_path / "base"), kind, format, False))
+        assert [r.partition(" or later")[0] for r in said[1:]] == more
+
+
 def test_bfloat16_becomes_float32(tmp_path):
     _, job = made(tmp_path, dtype=torch.bfloat16, format="W4A16")
     assert any(r.startswith("bfloat16 is written as float32") for r in kind.remarks(job))

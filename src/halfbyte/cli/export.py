@@ -12,7 +12,9 @@ from halfbyte.cli.console import Dtype, Json, ModelArgument, NoVerify, Output, O
 def command(
     model: ModelArgument,
     output: Output,
-    to: Annotated[str | None, typer.Option(help="gguf ...; told by the output's name if left out.")] = None,
+    to: Annotated[
+        str | None, typer.Option(help="gguf, onnx, ollama, hf, mlx ...; told by the output's name if left out.")
+    ] = None,
     format: Annotated[
         str | None, typer.Option(help="Q4_K_M, Q8_0, F16, W4A16 ...; weights stay as they are if left out.")
     ] = None,
@@ -23,7 +25,9 @@ def command(
         str | None, typer.Option(help="What it is measured on; Python's own reference if left out.")
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens of it.")] = 4,
-    max_kl: Annotated[float, typer.Option(help="Exit 3 if the reader's logits are further from ours.")] = 0.02,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Exit 3 if the reader's logits are further from ours; 0.02, W8A8 0.1.")
+    ] = None,
     no_verify: NoVerify = False,
     dtype: Dtype = None,
     revision: Revision = None,

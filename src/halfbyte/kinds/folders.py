@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from halfbyte import kernels, models
 from halfbyte.containers import CONTAINERS, Container
 from halfbyte.errors import InputError
-from halfbyte.layers import Codes, ops
+from halfbyte.layers import Codes, Linear, ops
 from halfbyte.qtensor import QTensor
 
 if TYPE_CHECKING:
@@ -62,9 +62,13 @@ class Folder:
     def write(self, job: Job, path: Path) -> None:
         """See Kind. In memory as a whole, since what is kept must be known before the config is written."""
         loaded = job.loaded
+        named = list(ops(loaded.model))
+        inputs = {name: op.input for name, op in named if isinstance(op, Linear)}
         if loaded.checkpoint is not None:
             loaded.checkpoint.materialize(loaded.model, job.floats or loaded.config.dtype)
-        for i, (name, op) in enumerate(named := list(ops(loaded.model))):
+        for i, (name, op) in enumerate(named):
+            if isinstance(op, Linear):
+                op.input = inputs[name]  # what was decided, and not the source's
             if name in job.formats:
                 op.weight.freeze(kernels.quantize(op.weight.value(), job.formats[name]))
             elif job.floats is not None and isinstance(op.weight.stored, Codes):

@@ -48,10 +48,14 @@ def remarks(job: Job) -> list[str]:
     out = ["the tokenizer is no part of the file: programs take it from the model's folder"]
     if job.floats is None and job.loaded.config.dtype == torch.bfloat16:
         out.append("bfloat16 is written as float32, since onnxruntime's CPU computes little in it; F16 is smaller")
-    by_name = dict(ops(job.loaded.model))
-    held = {f for n, op in by_name.items() if (f := job.formats.get(n) or (None if job.floats else op.weight.format))}
-    if any(f.bits == 8 for f in held):
-        out.append("products with codes of 8 bits need onnxruntime 1.23 or later")
+    named = dict(ops(job.loaded.model))
+    rounded = {name for name, op in named.items() if isinstance(op, Linear) and op.input}
+    held = {n: job.formats.get(n) or (None if job.floats else op.weight.format) for n, op in named.items()}
+    if any(f is not None and f.bits == 8 and name not in rounded for name, f in held.items()):
+        out.append("products of floats with codes of 8 bits need onnxruntime 1.23 or later")
+    if rounded:
+        out.append("inputs are rounded to 8 bits: a last digit can turn a code over, so that programs that compute the "
+                   "same differ by about what that rounding costs; --max-kl may have to be raised")  # fmt: skip
     return out
 
 
