@@ -408,3 +408,26 @@ def test_adapter_that_is_not_there(training, tmp_path, tiny_llama):
 def test_usage(refused, argv, words):
     said = refused(*argv, words=words)
     assert said.count("\n") == 1
+
+
+def test_exports_that_cannot_be(refused, halfbyte, tiny_llama, tiny_data, out):
+    file = out.with_suffix(".gguf")
+    refused("export", tiny_llama, "-o", out, words="--to is missing")
+    refused("export", tiny_llama, "--to", "ggml", "-o", file, words="--to ggml: it is gguf")
+    refused("export", tiny_llama, "-o", file, "--format", "Q4_K_X", words=("Q4_K_X", "did you mean"))
+    refused("export", tiny_llama, "-o", file, "--format", "NF4", words="ggml has no block for nf4-g64")
+    refused("export", tiny_llama, "--to", "hf", "-o", out, "--format", "W4A16", words="it holds floats alone")
+    refused("export", tiny_llama, "--to", "gguf-lora", "-o", file, words="it is no adapter folder")
+    refused("export", tiny_llama, "-o", file, "--data", "no-such.jsonl", words="no-such.jsonl")
+    refused("export", out / "nowhere", "-o", file, words="no such file or folder")
+    refused("quantize", tiny_llama, "--to", "Q4_K_M", "-o", out, words=("Q4_K_M is a mix", "OUT.gguf"))
+    refused("quantize", tiny_llama, "--to", "W4A16", "-o", out.with_suffix(".onnx"), "--solver", "magic", words="magic")
+
+
+def test_exports_over_what_is_there(refused, halfbyte, tiny_llama, out):
+    file = out.with_suffix(".gguf")
+    assert halfbyte("export", tiny_llama, "-o", file, "--no-verify").status == 0
+    refused("export", tiny_llama, "-o", file, words="--overwrite")
+    refused("export", file, "-o", file, "--overwrite", words="is what is read")
+    assert halfbyte("export", tiny_llama, "-o", file, "--no-verify", "--overwrite", "--format", "Q8_0").status == 0
+    refused("export", file, "-o", out.with_suffix(".onnx"), "--format", "W4A16", "--no-verify", words="--requantize")
