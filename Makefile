@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-readers bench bench-containers sanitize check format clean
+.PHONY: setup demo test readers test-readers bench bench-containers sanitize check format clean
 
 setup: .venv/ready
 
@@ -21,10 +21,17 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not readers"  # two workers: more threads would only wait
 
-# The programs that read what we export. llama.cpp is compiled once, in some minutes, and then comes from pip's cache;
-# not for this very machine, since its code for AMX crashed where it was tried.
-test-readers: setup
-	CMAKE_ARGS="-DGGML_NATIVE=OFF" $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[readers]'
+# The programs that read what we export. llama.cpp is compiled once, in some minutes, and its wheel kept: not in pip's own
+# cache, where one may lie that was made for this very machine, and its code for AMX crashed where it was tried.
+WHEELS ?= $(HOME)/.cache/halfbyte/wheels
+LLAMA := llama-cpp-python==0.3.36
+
+readers: setup
+	ls $(WHEELS)/llama_cpp_python-0.3.36-*.whl >/dev/null 2>&1 || CMAKE_ARGS="-DGGML_NATIVE=OFF" \
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-cache-dir --no-deps -w $(WHEELS) $(LLAMA)
+	$(BIN)/pip install --quiet --disable-pip-version-check --find-links $(WHEELS) -c constraints.txt -e '.[readers]'
+
+test-readers: readers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m readers
 
 # The kernels beside the machine's limits and the best peers; BENCH holds further flags.
@@ -33,8 +40,7 @@ bench: setup
 	$(BIN)/python benchmarks/kernels --json bench.json $(BENCH)
 
 # A fine-tuned model in every container, read by the containers' own readers.
-bench-containers: setup
-	CMAKE_ARGS="-DGGML_NATIVE=OFF" $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[readers]'
+bench-containers: readers
 	$(BIN)/python benchmarks/containers.py --json bench-containers.json $(BENCH)
 
 # The kernels' tests on a build that stops at every access outside its memory.
