@@ -65,7 +65,7 @@ def prepare(loaded: Loaded, kind: Kind, format: str | None, requantize: bool, sa
     """Decides what every weight becomes, and says so. format: a scheme, a mix, F32, F16 or BF16; None keeps what is
     there. Raises InputError, before anything is written, for what the kind cannot hold, and for codes that would have
     to be quantized anew unless `requantize`."""
-    if getattr(kind, "ADAPTERS", False):
+    if kind.ADAPTERS:
         wanted, floats, found = {}, None, []
         if format is not None:
             raise InputError(f"--format {format}: {kind.NAME} holds an adapter, which is not quantized.")
@@ -171,10 +171,10 @@ def _write_ledger(path: Path, rows: list[tuple[str, dict[str, Any]]]) -> None:
 def _prove(
     source: str | Path, path: Path, kind: Kind, job: Job, proof: Proof, say: Say
 ) -> list[tuple[str, dict[str, Any]]]:
-    """The reader's rows: against our reading of the same file, and against the model as it was. A kind that halfbyte
-    does not read has `ours(job)`: the model as it was written."""
-    in_memory = getattr(kind, "ours", None)
-    ours = run.load(path, torch.float32) if in_memory is None else run.Run(in_memory(job))
+    """The reader's rows: against our reading of the same file, and against the model as it was. Of a kind that
+    halfbyte does not read it gives the model as it was written."""
+    in_memory = kind.ours(job)
+    ours = run.load(path, torch.float32) if in_memory is None else run.Run(in_memory)
     records = _records(proof.data)
     rows = data.encode(records, ours.needs_tokenizer, proof.context, packing=records[0].kind == "text")
     rows.rows[:] = rows.rows[: proof.windows]

@@ -45,7 +45,7 @@ def command(
     check_free(output, overwrite, model, data)
     records = None if data is None else read_records(data)
     job = export.prepare(
-        export.read(model, parse_dtype(dtype), revision, getattr(target, "ADAPTERS", False)),
+        export.read(model, parse_dtype(dtype), revision, target.ADAPTERS),
         target,
         format,
         requantize,

@@ -35,6 +35,7 @@ class Kind(Protocol):
     NAME: str
     SUFFIX: str  # of the file that is written; "" for a folder
     READER: str  # whose reader it is, for messages
+    ADAPTERS: bool  # whether an adapter is exported, and not a model
 
     def refuses(self, job: Job) -> str | None:
         """Why it cannot be written, in words; None if it can. Called before anything is."""
@@ -50,6 +51,10 @@ class Kind(Protocol):
 
     def write(self, job: Job, path: Path) -> None:
         """Writes the file, or into the existing folder."""
+        ...
+
+    def ours(self, job: Job) -> Loaded | None:
+        """The model as it was written, in float32, where halfbyte does not read what it wrote; None where it does."""
         ...
 
     def missing(self) -> str | None:

@@ -21,14 +21,15 @@ from halfbyte.qtensor import QTensor
 
 if TYPE_CHECKING:
     from halfbyte.kinds import Job
+    from halfbyte.models import Loaded
 
 
 @dataclass(frozen=True)
 class Folder:
     """A folder whose quantized weights are in `container`'s layout (None: it holds floats alone).
 
-    NAME, SUFFIX, READER: see Kind. needs: the modules that its reader is made of; none: no reader runs here. model:
-    the reader's model of a folder.
+    NAME, SUFFIX, READER, ADAPTERS: see Kind. needs: the modules that its reader is made of; none: no reader runs here.
+    model: the reader's model of a folder.
     """
 
     NAME: str
@@ -37,6 +38,7 @@ class Folder:
     needs: tuple[str, ...]
     model: Callable[[Path], nn.Module]
     SUFFIX: str = ""
+    ADAPTERS: bool = False
 
     def refuses(self, job: Job) -> str | None:
         """See Kind."""
@@ -77,6 +79,10 @@ class Folder:
         if job.floats is not None:
             loaded.config.dtype = job.floats
         models.save(loaded, path, self.container)
+
+    def ours(self, job: Job) -> Loaded | None:
+        """See Kind."""
+        return None
 
     def missing(self) -> str | None:
         """See Kind."""

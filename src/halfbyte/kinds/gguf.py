@@ -18,10 +18,12 @@ from halfbyte.qtensor import QTensor
 
 if TYPE_CHECKING:
     from halfbyte.kinds import Job
+    from halfbyte.models import Loaded
 
 _F32 = 0  # ggml's number of the type: a cache in fp16 would add its own rounding
 NAME, SUFFIX = "gguf", ".gguf"
 READER = "llama.cpp, through llama-cpp-python"
+ADAPTERS = False
 
 
 def refuses(job: Job) -> str | None:
@@ -37,6 +39,11 @@ def fitting(q: QTensor) -> QTensor | None:
 def write(job: Job, path: Path) -> None:
     """See Kind."""
     gguf_saving.save(job.loaded, path, job.formats, job.floats, job.on_tensor)
+
+
+def ours(job: Job) -> Loaded | None:
+    """See Kind."""
+    return None
 
 
 def missing() -> str | None:

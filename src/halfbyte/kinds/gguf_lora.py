@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from typing import Any
 
     from halfbyte.kinds import Job
+    from halfbyte.models import Loaded
 
 NAME, SUFFIX, READER = "gguf-lora", ".gguf", "llama.cpp"
-ADAPTERS = True  # what is exported is the adapter of an adapter folder
+ADAPTERS = True
 
 
 def refuses(job: Job) -> str | None:
@@ -71,6 +72,11 @@ def write(job: Job, path: Path) -> None:
     }
     tensors = list(_tensors(job))
     container.write(path, said, {n: ("f32", tuple(t.shape)) for n, t in tensors}, tensors)
+
+
+def ours(job: Job) -> Loaded | None:
+    """See Kind."""
+    return None
 
 
 def missing() -> str | None:

@@ -18,8 +18,9 @@ from halfbyte.qtensor import QTensor
 
 if TYPE_CHECKING:
     from halfbyte.kinds import Job
+    from halfbyte.models import Loaded
 
-NAME, SUFFIX, READER = "ollama", "", gguf.READER
+NAME, SUFFIX, READER, ADAPTERS = "ollama", "", gguf.READER, False
 FILE, MODELFILE = "model.gguf", "Modelfile"
 Chat = list[dict[str, str]]
 _ROLES = ("system", "user", "assistant")
@@ -140,6 +141,11 @@ def write(job: Job, path: Path) -> None:
     """See Kind."""
     (path / MODELFILE).write_text(modelfile(job.loaded.tokenizer), encoding="utf-8")
     gguf.write(job, path / FILE)
+
+
+def ours(job: Job) -> Loaded | None:
+    """See Kind."""
+    return None
 
 
 def missing() -> str | None:

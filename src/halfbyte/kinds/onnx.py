@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 NAME, SUFFIX = "onnx", ".onnx"
 READER = "onnxruntime"
+ADAPTERS = False
 
 
 def _graph(job: Job) -> Graph:
