@@ -16,11 +16,11 @@ from halfbyte.containers import peft
 from halfbyte.errors import BudgetExceeded, InputError
 from halfbyte.folders import whole, whole_file
 from halfbyte.formats import Format
-from halfbyte.kinds import Job, Kind
+from halfbyte.kinds import KINDS, Job, Kind
 from halfbyte.layers import Codes, Linear, ops
 from halfbyte.models import Loaded
 from halfbyte.models.gguf_saving import FLOATS
-from halfbyte.plan import inventory, plan
+from halfbyte.plan import Entry, inventory, plan
 from halfbyte.run import to_scheme
 from halfbyte.scheme import MIXES, Mix, Scheme
 
@@ -111,11 +111,16 @@ def _wanted(loaded: Loaded, format: str | None) -> tuple[dict[str, Format], torc
         return {}, None
     floats = FLOATS.get(format.upper())
     entries = [] if floats else [e for e in plan(loaded.model, chosen(format)) if e.after is not None and not e.tied_to]
-    inputs = {e.name.removesuffix(".weight"): e.input for e in entries}
+    _round_inputs(loaded, entries)
+    return {e.name.removesuffix(".weight"): e.after for e in entries if e.after is not None}, floats
+
+
+def _round_inputs(loaded: Loaded, entries: list[Entry]) -> None:
+    """Sets in the ops what a plan says of their inputs."""
+    inputs = {e.name.removesuffix(".weight"): e.input for e in entries if e.after is not None}
     for name, op in ops(loaded.model):
         if isinstance(op, Linear):
             op.input = inputs.get(name)
-    return {e.name.removesuffix(".weight"): e.after for e in entries if e.after is not None}, floats
 
 
 def chosen(format: str) -> Scheme | Mix:
@@ -137,6 +142,23 @@ def _say_anew(
     if not requantize:
         raise InputError(f"{loaded.source} has {shown}; add --requantize to make them {becomes}, which costs accuracy.")
     say(f"{shown} are quantized anew, to {becomes}: the ledger has the cost")
+
+
+def readers(loaded: Loaded, entries: list[Entry]) -> dict[str, list[str]]:
+    """Of every weight that is quantized, by its name: the kinds in KINDS whose readers take it so, all else being
+    floats."""
+    known: dict[Any, list[str]] = {}
+    out = {}
+    for e in entries:
+        if e.after is None or e.tied_to:
+            continue
+        alike = (e.after, e.input, e.role, e.shape[-1])
+        if alike not in known:
+            _round_inputs(loaded, [e])
+            job = Job(loaded, {e.name.removesuffix(".weight"): e.after}, torch.float32)
+            known[alike] = [k.NAME for k in KINDS.values() if not k.ADAPTERS and k.refuses(job) is None]
+        out[e.name] = known[alike]
+    return out
 
 
 def export(

@@ -333,3 +333,15 @@ def test_a_gguf_file_is_a_model_for_every_verb(halfbyte, tiny_llama, tiny_data, 
                     "--context", "64", "--json")  # fmt: skip
     assert said.status == 0, said.err
     assert said.json["kl_mean"] < 1e-3
+
+
+def test_plan_names_who_can_read_the_result(halfbyte, tiny_llama):
+    said = halfbyte("plan", tiny_llama, "--to", "int4-g32")
+    assert said.status == 0, said.err
+    line = next(x for x in said.out.splitlines() if "can be written as" in x)
+    assert set(line.split(": ")[1].split(", ")) == {"onnx", "compressed-tensors", "gptq", "mlx"}
+    assert "  can be written as: onnx, compressed-tensors\n" in halfbyte("plan", tiny_llama, "--to", "W8A8").out
+    rows = halfbyte("plan", tiny_llama, "--to", "Q4_0", "--json").json["parameters"]
+    by_name = {r["name"]: r["readers"] for r in rows}
+    assert by_name["model.layers.0.self_attn.q_proj.weight"] == ["gguf", "ollama", "onnx"]
+    assert by_name["model.norm.weight"] == []

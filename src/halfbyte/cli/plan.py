@@ -17,7 +17,7 @@ def command(
     json: Json = False,
 ) -> None:
     """Say what would become of every parameter, and do nothing."""
-    from halfbyte import models
+    from halfbyte import export, models
     from halfbyte.containers import peft
     from halfbyte.plan import plan, totals
     from halfbyte.run import to_scheme
@@ -25,15 +25,33 @@ def command(
     scheme = to_scheme(to, group_size)
     path = models.resolve(model, revision)
     source = peft.read(path)[0] if (path / peft.CONFIG).exists() else model  # merging leaves the base's layers
-    entries = plan(models.load(source, revision=revision, weights=False).model, scheme)
+    loaded = models.load(source, revision=revision, weights=False)
+    entries = plan(loaded.model, scheme)
+    readers = export.readers(loaded, entries)
     n, before, after = totals(entries)
     if json:
         rows = [
             {"name": e.name, "shape": e.shape, "before": e.before, "after": e.after.name if e.after else e.before,
-             "bytes_before": e.bytes_before, "bytes": e.bytes_after, "why": e.why, "tied_to": e.tied_to}
+             "bytes_before": e.bytes_before, "bytes": e.bytes_after, "why": e.why, "tied_to": e.tied_to,
+             "readers": readers.get(e.name, [])}
             for e in entries
         ]  # fmt: skip
         emit({"scheme": scheme.name, "parameters": rows, "count": n, "bytes_before": before, "bytes": after})
     else:
         print(f"{model} -> {scheme.name}:")
         show_plan(entries, print)
+        _show_readers(readers)
+
+
+def _show_readers(readers: dict[str, list[str]]) -> None:
+    """Which kinds of export take all quantized weights, and what the others lack."""
+    from halfbyte.kinds import KINDS
+
+    if not readers:
+        return
+    able = [k for k in KINDS if all(k in kinds for kinds in readers.values())]
+    print(f"  can be written as: {', '.join(able) or 'nothing as a whole'}")
+    for k in KINDS:
+        without = [n for n, kinds in readers.items() if k not in kinds]
+        if k not in able and len(without) < len(readers):
+            print(f"  {k} lacks a place for {len(without)} of {len(readers)}, such as {without[0]}")

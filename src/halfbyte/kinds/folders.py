@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte import kernels, models
-from halfbyte.containers import CONTAINERS, Container
+from halfbyte.containers import CONTAINERS, Container, compressed_tensors
 from halfbyte.errors import InputError
 from halfbyte.layers import Codes, Linear, ops
 from halfbyte.qtensor import QTensor
@@ -49,6 +49,8 @@ class Folder:
             if f is None:
                 continue
             why = "it holds floats alone" if self.container is None else self.container.refuses(f, role[name])
+            if why is None and isinstance(op, Linear) and op.input and self.container is not compressed_tensors:
+                why = f"its inputs are rounded to {op.input}, which {self.READER} do not do"
             if why is not None:
                 return f"{name}: {why}"
         return None
