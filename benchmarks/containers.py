@@ -1,6 +1,6 @@
 """One fine-tuned model in every container, measured by the containers' own readers, beside llama.cpp's own files.
 
-    python benchmarks/containers.py [--steps 32] [--windows 8] [--json FILE]     (make bench-containers)
+    python benchmarks/containers.py [--steps 32] [--windows 8] [--exports gguf:BF16,...] [--json FILE]
 
 SmolLM2-135M from its package is fine-tuned with QLoRA on the demo's domain text, merged to bfloat16, and exported. Each
 result is opened by its reader and measured on held-out text: KL of the reader's logits to halfbyte's reading of the
@@ -24,10 +24,7 @@ from halfbyte.cli.demo import packaged
 from halfbyte.errors import BudgetExceeded, InputError
 from halfbyte.recipe import merge_steps, method_steps, save
 
-EXPORTS = (
-    ("gguf", "BF16"), ("gguf", "Q8_0"), ("gguf", "Q4_K_M"), ("gguf", "Q4_0"), ("compressed-tensors", "W4A16"),
-    ("onnx", "W4A16"), ("bitsandbytes", "NF4"), ("mlx", "int4-g64"),
-)  # fmt: skip
+EXPORTS = "gguf:BF16,gguf:Q8_0,gguf:Q4_K_M,gguf:Q4_0,compressed-tensors:W4A16,onnx:W4A16,bitsandbytes:NF4"
 PEERS = ("Q8_0", "Q4_K_M", "Q4_0")
 COLUMNS = "| file | by | MB | perplexity | KL to our reading | KL to the merged model | top-1 |"
 
@@ -54,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--exports", default=EXPORTS, help="kind:format, the first of which is gguf:BF16")
     parser.add_argument("--json")
     args = parser.parse_args()
     found = []
@@ -63,7 +61,7 @@ def main() -> None:
         heldout = data.records(sample_data.domain_text()["heldout"])
         proof = export.Proof(heldout, args.windows)
         print(COLUMNS, "|---|---|---|---|---|---|---|", sep="\n", flush=True)
-        for kind_name, scheme in EXPORTS:
+        for kind_name, scheme in (e.split(":") for e in args.exports.split(",")):
             kind = kinds.KINDS[kind_name]
             out = folder / f"{kind_name}-{scheme}{kind.SUFFIX}"
             try:
