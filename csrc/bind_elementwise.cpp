@@ -183,8 +183,6 @@ bool bind_search(const std::string& how, int64_t n, int64_t group, const Typed& 
 Fit::Weigh weigh_of(const std::string& name) {
     if (name == "alike") return Fit::alike;
     if (name == "size") return Fit::size;
-    if (name == "square") return Fit::square;
-    if (name == "size_and_mean") return Fit::size_and_mean;
     throw std::invalid_argument("no such weights: " + name);
 }
 

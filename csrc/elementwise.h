@@ -67,7 +67,7 @@ struct Search {
 
 // Where scales come from: the least squared error of each group (fit.h).
 struct Fit {
-    enum Weigh : int { alike, size, square, size_and_mean } weigh = alike;  // what each squared error is multiplied by
+    enum Weigh : int { alike, size } weigh = alike;  // what each squared error is multiplied by: 1, or |x|
     const Grid* grid = nullptr;    // integers, or a table whose neighbours' differences are exact
     Type type = Type::f32;
     const uint8_t* x = nullptr;

@@ -143,25 +143,21 @@ inline bool load_piece(const Fit& f, int64_t group, Piece& p) {
     for (; i < f.group; i++) p.x[i] = load_float(f.type, f.x, first + i);
     p.n = ceil_div(f.group, 16) * 16;
     for (i = f.group; i < p.n; i++) p.x[i] = 0;
-    double squares = 0;
     bool finite = true;
     p.low = p.high = p.x[0];
     for (i = 0; i < f.group; i++) {
         const float x = p.x[i];
         p.low = x < p.low ? x : p.low, p.high = x > p.high ? x : p.high;
-        squares += (double)x * x;
         finite &= std::fabs(x) <= 3.4028234e38f;
     }
     const float* told = f.importance ? f.importance + first % f.cols : nullptr;
-    const float mean = (float)std::sqrt(squares / (double)f.group);
     p.sum_w = p.sum_wx = 0;
     for (i = 0; i < p.n; i++) {
-        const float size = std::fabs(p.x[i]);
-        float w = f.weigh == Fit::alike ? 1.f : f.weigh == Fit::size ? size : f.weigh == Fit::square ? size * size : size + mean;
-        if (told) w = told[i < f.group ? i : 0] * (f.weigh == Fit::alike ? 1.f : w);
+        const float w = (f.weigh == Fit::size ? std::fabs(p.x[i]) : 1.f) * (told && i < f.group ? told[i] : 1.f);
         p.w[i] = i < f.group ? w : 0.f;
         p.sum_w += p.w[i], p.sum_wx += p.w[i] * p.x[i];
     }
+    if (p.sum_w == 0) for (i = 0; i < f.group; i++) p.w[i] = 1, p.sum_w += 1;  // nothing is told: all alike
     return finite;
 }
 
@@ -172,7 +168,6 @@ bool fit_groups(const Fit& f, int64_t begin, int64_t end) {
     bool finite = true;
     for (int64_t g = begin; g < end; g++) {
         finite &= load_piece(f, g, p);
-        if (p.sum_w == 0) for (int64_t i = 0; i < f.group; i++) p.w[i] = 1, p.sum_w += 1;  // nothing is told: all alike
         const Found best = fit(f, p);
         f.scale[g] = best.scale == 0 && !f.keep_zero ? 1.f : best.scale;
         if (f.zero) f.zero[g] = best.zero;
@@ -299,7 +294,6 @@ bool fit_supers(const Fit& f, int64_t begin, int64_t end) {
             Piece& p = pieces[j];
             p.x = memory + 2 * room * j, p.w = p.x + room;
             finite &= load_piece(f, block * f.together + j, p);
-            if (p.sum_w == 0) for (int64_t i = 0; i < f.group; i++) p.w[i] = 1, p.sum_w += 1;
         }
         fit_super(f, block, pieces);
     }

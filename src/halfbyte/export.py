@@ -36,6 +36,11 @@ class Exported:
     path: Path
     rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
+    @property
+    def ledger(self) -> list[dict[str, Any]]:
+        """The rows as JSON has them."""
+        return [{"stage": stage, **row} for stage, row in self.rows]
+
 
 @dataclass
 class Proof:
@@ -179,15 +184,15 @@ def export(
         if not kind.SUFFIX:
             notes = {"exported": kind.NAME, "source": Path(str(source)).name}
             (partial / run.NOTES).write_text(json.dumps(notes, indent=1) + "\n")
-            _write_ledger(partial / evaluate.LEDGER, done.rows)
+            _write_ledger(partial / evaluate.LEDGER, done)
     if kind.SUFFIX:
-        _write_ledger(output.with_suffix(".ledger.json"), done.rows)
+        _write_ledger(output.with_suffix(".ledger.json"), done)
     return done
 
 
-def _write_ledger(path: Path, rows: list[tuple[str, dict[str, Any]]]) -> None:
-    if rows:
-        path.write_text(json.dumps([{"stage": stage, **row} for stage, row in rows], indent=1) + "\n")
+def _write_ledger(path: Path, done: Exported) -> None:
+    if done.rows:
+        path.write_text(json.dumps(done.ledger, indent=1) + "\n")
 
 
 def _prove(

@@ -56,8 +56,7 @@ def command(
     done = export.export(model, job, target, output, proof, overwrite, say)
     say(f"{output}: {disk_bytes(output) / 1e6:.1f} MB")
     if json:
-        rows = [{"stage": stage, **row} for stage, row in done.rows]
         emit({
             "output": str(output), "kind": target.NAME, "format": format, "bytes": disk_bytes(output),
-            "read_back": bool(rows), "ledger": rows,
+            "read_back": bool(done.rows), "ledger": done.ledger,
         })  # fmt: skip

@@ -73,8 +73,7 @@ def _to_file(adapter: str, merged: Any, output: Path, no_verify: bool, overwrite
     job.on_tensor = progress("tensor")
     done = export.export(adapter, job, target, output, None if no_verify else export.Proof(), overwrite, say)
     if json:
-        rows = [{"stage": stage, **row} for stage, row in done.rows]
-        emit({"output": str(output), "bytes": disk_bytes(output), "read_back": bool(rows), "ledger": rows})
+        emit({"output": str(output), "bytes": disk_bytes(output), "read_back": bool(done.rows), "ledger": done.ledger})
 
 
 def _recorded(notes: dict[str, Any]) -> str | None:

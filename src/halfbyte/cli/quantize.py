@@ -98,5 +98,5 @@ def _to_file(
     n, before, _ = totals(entries)
     return {
         "parameters": n, "bytes_before": before, "read_back": bool(done.rows),
-        "ledger": [{"stage": stage, **row} for stage, row in done.rows],
+        "ledger": done.ledger,
     }  # fmt: skip

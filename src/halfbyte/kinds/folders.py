@@ -67,12 +67,9 @@ class Folder:
         """See Kind. In memory as a whole, since what is kept must be known before the config is written."""
         loaded = job.loaded
         named = list(ops(loaded.model))
-        inputs = {name: op.input for name, op in named if isinstance(op, Linear)}
         if loaded.checkpoint is not None:
             loaded.checkpoint.materialize(loaded.model, job.floats or loaded.config.dtype)
         for i, (name, op) in enumerate(named):
-            if isinstance(op, Linear):
-                op.input = inputs[name]  # what was decided, and not the source's
             if name in job.formats:
                 op.weight.freeze(kernels.quantize(op.weight.value(), job.formats[name]))
             elif job.floats is not None and isinstance(op.weight.stored, Codes):

@@ -92,12 +92,9 @@ def ours(job: Job) -> Loaded:
     """The model as `write` has just written it, in float32: halfbyte does not read ONNX. It is the job's own, whose
     weights are what they became."""
     loaded = job.loaded
-    inputs = {name: op.input for name, op in ops(loaded.model) if isinstance(op, Linear)}
     if loaded.checkpoint is not None:
         loaded.checkpoint.materialize(loaded.model, loaded.config.dtype)
-    for name, op in ops(loaded.model):
-        if isinstance(op, Linear):
-            op.input = inputs[name]  # and not the source's
+    for _, op in ops(loaded.model):
         if job.floats is not None:
             op.weight.dequantize()
         if isinstance(op.weight.stored, Codes):

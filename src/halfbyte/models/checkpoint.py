@@ -103,8 +103,6 @@ class Checkpoint:
                 continue
             if op.weight.device.type == "meta" and not isinstance(op.weight.stored, Codes):
                 self._place(name, op, dtype)
-            if isinstance(op, Linear):
-                op.input = self.source.input(f"{name}.weight")
         if dtype is None:
             return
         for name, p in list(model.named_parameters()):
@@ -126,6 +124,8 @@ class Checkpoint:
         value = self.weight(name, op)
         if isinstance(value, QTensor):
             op.weight.store(value)
+            if isinstance(op, Linear):
+                op.input = self.source.input(f"{name}.weight")
         elif dtype is not None:
             op.weight.store(value.to(dtype))
 

@@ -334,8 +334,8 @@ def _reorder(value: Tensor | QTensor, order: Tensor) -> Tensor | QTensor:
     return value.rows(order) if isinstance(value, QTensor) else value[order]
 
 
-def placed(parameter: str, value: Tensor | QTensor, config: Any) -> tuple[str, Tensor | QTensor]:
-    """A parameter of a model -> the tensor in the file. value: in the op's orientation. What has one dimension is
+def placed(parameter: str, value: Tensor | QTensor, config: Any) -> Tensor | QTensor:
+    """A parameter of a model -> what the file holds for it. value: in the op's orientation. What has one dimension is
     kept in float32, as readers want it."""
     arch = architecture_of(config)
     tensor = arch.tensor(parameter, config)
@@ -344,7 +344,7 @@ def placed(parameter: str, value: Tensor | QTensor, config: Any) -> tuple[str, T
         value = _reorder(value, order)
     if isinstance(value, Tensor) and value.ndim == 1:
         value = value.float() + arch.offset(tensor)
-    return tensor, value
+    return value
 
 
 def extra_tensors(config: Any) -> Iterator[tuple[str, Tensor]]:

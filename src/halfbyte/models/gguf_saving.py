@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +16,13 @@ from halfbyte.containers import ggml
 from halfbyte.containers import gguf as container
 from halfbyte.errors import InputError
 from halfbyte.formats import FORMATS, Format
-from halfbyte.layers import Codes, Linear, ops
+from halfbyte.layers import Linear, Op
 from halfbyte.models import gguf, gguf_tokenizer
 from halfbyte.models.loading import Loaded
 from halfbyte.models.saving import Value, parameters
+from halfbyte.qtensor import QTensor
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_SOURCE_NAMES = ("general.name", "general.type", "general.quantization_version", "general.file_type")
 
 
 def refuses(loaded: Loaded, formats: Mapping[str, Format], floats: torch.dtype | None = None) -> str | None:
@@ -29,8 +31,9 @@ def refuses(loaded: Loaded, formats: Mapping[str, Format], floats: torch.dtype |
         gguf.metadata(loaded.config)
         for name, op, _ in parameters(loaded):
             gguf.architecture_of(loaded.config).tensor(name, loaded.config)
-            kept = None if op is None or floats else op.weight.format
-            f = formats.get(name.removesuffix(".weight"), kept)
+            if op is not None and op.weight.grid is not None:
+                return f"{name} is still seen through a grid: freeze it before saving"
+            f = _format(name, op, formats, floats)
             if f is not None and op is not None:
                 ggml.row_bytes(f, op.weight.shape[-1])
             if isinstance(op, Linear) and op.input is not None:
@@ -53,12 +56,15 @@ def save(
     if (why := refuses(loaded, formats, floats)) is not None:
         raise InputError(f"{why}.")
     config, tokenizer = loaded.config, loaded.tokenizer
+    arch, dtype = gguf.architecture_of(config), floats or config.dtype
     heads: dict[str, tuple[str, tuple[int, ...]]] = {}
     values: list[Callable[[], Value]] = []
-    for name, get in _values(loaded, formats, floats):
-        tensor, kind, shape = _head(loaded, name, formats, floats)
-        heads[tensor] = kind, shape
-        values.append(get)
+    for name, op, get in parameters(loaded):
+        f = _format(name, op, formats, floats)
+        shape = tuple(op.weight.shape if op is not None else loaded.model.get_parameter(name).shape)
+        kind = f.name if f is not None else "f32" if len(shape) == 1 else _kind(dtype)
+        heads[arch.tensor(name, config)] = kind, shape
+        values.append(partial(_value, name, get, f, dtype, config))
     extra = dict(gguf.extra_tensors(config))
     heads |= {n: ("f32", tuple(t.shape)) for n, t in extra.items()}
 
@@ -74,44 +80,26 @@ def save(
     container.write(path, said, heads, stream())
 
 
-def _head(
-    loaded: Loaded, name: str, formats: Mapping[str, Format], floats: torch.dtype | None
-) -> tuple[str, str, tuple[int, ...]]:
-    """GGUF's name, type and shape of a parameter."""
-    module, by_name = name.removesuffix(".weight"), dict(ops(loaded.model))
-    op = by_name.get(module)
-    tensor = gguf.architecture_of(loaded.config).tensor(name, loaded.config)
-    if op is None or f"{module}.weight" != name:
-        held = loaded.model.get_parameter(name)
-        shape = tuple(held.shape)
-        return tensor, "f32" if len(shape) == 1 else _kind(floats or loaded.config.dtype), shape
-    shape = tuple(op.weight.shape)
-    f = formats.get(module)
-    if f is None and floats is None and isinstance(op.weight.stored, Codes) and not op.weight.adapters:
-        f = op.weight.stored.q.format
-    return tensor, _kind(floats or loaded.config.dtype) if f is None else f.name, shape
+def _format(name: str, op: Op | None, formats: Mapping[str, Format], floats: torch.dtype | None) -> Format | None:
+    """The format of a parameter in the file; None for floats."""
+    kept = None if op is None or floats else op.weight.format
+    return formats.get(name.removesuffix(".weight"), kept)
 
 
 def _kind(dtype: torch.dtype) -> str:
     return next(k for k, d in container.FLOATS.items() if d == dtype)
 
 
-def _values(
-    loaded: Loaded, formats: Mapping[str, Format], floats: torch.dtype | None
-) -> Iterator[tuple[str, Callable[[], Value]]]:
-    """Parameters' names, and what gives each as the file holds it."""
-    for name, _, get in parameters(loaded):
-
-        def value(name: str = name, get: Callable[[], Value] = get) -> Value:
-            v, f = get(), formats.get(name.removesuffix(".weight"))
-            if f is not None:
-                v = kernels.quantize(v if isinstance(v, Tensor) else v.dequantize(), f)
-            elif floats is not None or (isinstance(v, Tensor) and v.ndim > 1):
-                v = v if isinstance(v, Tensor) else v.dequantize()
-                v = v if v.ndim == 1 else _cast(name, v, floats or loaded.config.dtype)
-            return gguf.placed(name, v, loaded.config)[1]
-
-        yield name, value
+def _value(name: str, get: Callable[[], Value], f: Format | None, dtype: torch.dtype, config: Any) -> Value:
+    """A parameter as the file holds it."""
+    v = get()
+    if f is not None:
+        if not isinstance(v, QTensor) or v.format != f:
+            v = kernels.quantize(v if isinstance(v, Tensor) else v.dequantize(), f)
+    else:
+        v = v if isinstance(v, Tensor) else v.dequantize()
+        v = v if v.ndim == 1 else _cast(name, v, dtype)
+    return gguf.placed(name, v, config)
 
 
 def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
