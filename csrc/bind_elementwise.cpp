@@ -227,6 +227,27 @@ bool bind_fit(const GridHandle& grid, int64_t n, int64_t group, const Typed& x, 
     return n == 0 || fit(f, threads);
 }
 
+// float32: w (rows, cols), m (cols, cols), scale and zero (rows, groups). group: int32 (cols,). codes: uint8 (rows, cols).
+void bind_solve(const GridHandle& grid, int64_t rows, int64_t cols, int64_t groups, Span w, Span m, Span group, Span scale, std::optional<Span> zero,
+                Span codes, int passes, int threads) {
+    if (grid.g.kind == Grid::float8) throw std::invalid_argument("only integers and tables are solved for");
+    if (rows < 0 || cols < 0 || groups < 1 || passes < 0) throw std::invalid_argument("no such shape");
+    if ((grid.g.zero != Grid::none) != zero.has_value()) throw std::invalid_argument("a grid with a zero point needs one, others none");
+    const int64_t n = product(rows, cols, "the tensor"), scales = product(rows, groups, "the scales");
+    Solve s;
+    s.grid = &grid.g, s.rows = rows, s.cols = cols, s.groups = groups, s.passes = passes;
+    s.w = (const float*)checked(w, product(n, 4, "the tensor"), "the tensor");
+    s.m = (const float*)checked(m, product(product(cols, cols, "the matrix"), 4, "the matrix"), "the matrix");
+    s.group = (const int32_t*)checked(group, cols * 4, "the groups of columns");
+    s.scale = (const float*)checked(scale, scales * 4, "the scale");
+    if (zero) s.zero = (const float*)checked(*zero, scales * 4, "the zero point");
+    s.codes = checked(codes, n, "the codes");
+    for (int64_t j = 0; j < cols; j++) if (s.group[j] < 0 || s.group[j] >= groups) throw std::invalid_argument("a column of a group that there is not");
+    if (passes) for (int64_t i = 0; i < n; i++) if (s.codes[i] >> grid.g.bits) throw std::invalid_argument("a code of more bits than there are");
+    nb::gil_scoped_release release;
+    if (n) solve(s, threads);
+}
+
 }  // namespace
 
 void bind_elementwise(nb::module_& mod) {
@@ -240,6 +261,8 @@ void bind_elementwise(nb::module_& mod) {
     mod.def("fake", &bind_fake);
     mod.def("fake_grad", &bind_fake_grad);
     mod.def("search", &bind_search);
+    mod.def("solve", &bind_solve, nb::arg("grid"), nb::arg("rows"), nb::arg("cols"), nb::arg("groups"), nb::arg("w"), nb::arg("m"), nb::arg("group"),
+            nb::arg("scale"), nb::arg("zero").none(), nb::arg("codes"), nb::arg("passes"), nb::arg("threads"));
     mod.def("fit", &bind_fit, nb::arg("grid"), nb::arg("n"), nb::arg("group"), nb::arg("x"), nb::arg("weigh"), nb::arg("ratios"), nb::arg("both_signs"),
             nb::arg("widen"), nb::arg("negative"), nb::arg("keep_zero"), nb::arg("importance").none(), nb::arg("cols"), nb::arg("scale"), nb::arg("zero").none(),
             nb::arg("inner").none(), nb::arg("together"), nb::arg("scale_codes").none(), nb::arg("zero_codes").none(), nb::arg("threads"));

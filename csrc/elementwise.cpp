@@ -73,6 +73,11 @@ bool fit(const Fit& f, int threads) {
     return finite;
 }
 
+void solve(const Solve& s, int threads) {
+    const auto body = isa().elementwise.solve;
+    parallel(worth(threads, s.rows * s.cols * s.cols / 16), ceil_div(s.rows, TILE), [&](int64_t begin, int64_t end) { body(s, begin, end); });
+}
+
 bool search(const Search& s, int threads) {
     const Elementwise& use = isa().elementwise;
     const int64_t groups = ceil_div(s.n, s.group), piece = 1 << 14;

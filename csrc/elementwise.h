@@ -88,6 +88,18 @@ struct Fit {
     uint8_t *scale_codes = nullptr, *zero_codes = nullptr;
 };
 
+// Rounding that minimizes a quadratic form of its errors (solve.h).
+struct Solve {
+    const Grid* grid = nullptr;    // integers or a table
+    int64_t rows = 0, cols = 0, groups = 0;
+    const float* w = nullptr;      // (rows, cols)
+    const float* m = nullptr;      // (cols, cols): H, or the upper Cholesky factor of its inverse
+    const int32_t* group = nullptr;  // (cols,): whose scale a column has
+    const float *scale = nullptr, *zero = nullptr;  // (rows, groups)
+    uint8_t* codes = nullptr;      // (rows, cols), a byte each
+    int passes = 0;                // over codes that are there; 0: the columns are rounded in order
+};
+
 struct Elementwise {
     void (*quantize)(const Elements&, int64_t block_begin, int64_t block_end);
     void (*dequantize)(const Elements&, int64_t block_begin, int64_t block_end);
@@ -100,6 +112,7 @@ struct Elementwise {
     void (*settle)(const Search&, const float* low, const float* high, int64_t group_begin, int64_t group_end);  // the last step of both
     bool (*fit_groups)(const Fit&, int64_t group_begin, int64_t group_end);
     bool (*fit_supers)(const Fit&, int64_t block_begin, int64_t block_end);
+    void (*solve)(const Solve&, int64_t tile_begin, int64_t tile_end);
 };
 
 void quantize(Elements e, int threads);
@@ -108,5 +121,6 @@ void fake(Elements e, int threads);
 void fake_grad(const Elements& e, int threads);
 bool fit(const Fit& f, int threads);       // the same
 bool search(const Search& s, int threads);  // false where x holds NaN or infinity
+void solve(const Solve& s, int threads);
 
 }  // namespace halfbyte

@@ -3,6 +3,7 @@
 #pragma once
 #include "blocks.h"
 #include "fit.h"
+#include "solve.h"
 #if defined(__AVX512BF16__)
 #include "rounding512.h"
 #endif
@@ -341,7 +342,7 @@ bool group_ranges(const Search& s, int64_t begin, int64_t end) {
 }
 
 constexpr Elementwise elementwise = {quantize_blocks,   dequantize_blocks, fake_blocks,  fake_grad_blocks,
-                                     invertible_scales, range_piece,       group_ranges, settle, fit_groups, fit_supers};
+                                     invertible_scales, range_piece,       group_ranges, settle, fit_groups, fit_supers, solve};
 
 }  // namespace
 }  // namespace halfbyte

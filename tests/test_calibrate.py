@@ -7,7 +7,7 @@ from halfbyte import InputError, calibrate, data, kernels, models, run
 from halfbyte.formats import parse
 from halfbyte.layers import Codes, ops
 from halfbyte.models import roles
-from halfbyte.solvers import Solver, solver
+from halfbyte.solvers import Solver, rtn, solver
 from miniatures import folder, logits, tokenizer
 
 INT4 = parse("int4-g32")
@@ -100,7 +100,82 @@ def test_weights_outside_the_blocks_are_rounded_to_nearest_whatever_the_solver(t
 
     calibrate.freeze(model, chosen(model, "linear", "head"), Solver("watch", solve, True, ""), batches())
     assert "lm_head" not in asked
-    assert torch.equal(model.lm_head.weight.value(), kernels.quantize(head, INT4).dequantize())
+    squares = fed(model, "lm_head").square().mean(0)  # by the quantized blocks
+    torch.testing.assert_close(model.lm_head.weight.value(), rtn.quantize(head, INT4, squares).dequantize())
+
+
+def fed(model, name):
+    """(tokens, in): what an op is fed by the model as it is."""
+    seen = []
+    op = dict(ops(model))[name]
+    handle = op.register_forward_pre_hook(lambda m, args: seen.append(args[0].reshape(-1, op.in_features)))
+    with torch.inference_mode():
+        for b in batches():
+            model(**b.inputs)
+    handle.remove()
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "gemma3"])
+@pytest.mark.parametrize("uses", ["squares", "gram"])
+def test_a_solver_is_told_the_moments_of_the_inputs(tmp_path, name, uses):
+    model = models.load(folder(tmp_path / "m", name)).model
+    wanted = chosen(model, "linear", "conv1d")
+    inputs = {n: fed(model, n) for n in wanted}
+    told = {}
+
+    def solve(block, _, targets, sites):
+        told.update({n: s.moments for n, s in sites.items()})
+        return {}  # nothing is quantized, so that every block is fed what the float model gives
+
+    calibrate.freeze(model, wanted, Solver("watch", solve, True, "", uses), batches())
+    assert set(told) == set(wanted)
+    for n, x in inputs.items():
+        torch.testing.assert_close(told[n].squares, x.square().mean(0), rtol=1e-4, atol=1e-6)
+        if uses == "gram":
+            torch.testing.assert_close(told[n].gram, x.T @ x / len(x), rtol=1e-3, atol=1e-5)
+        else:
+            assert told[n].gram is None
+
+
+def test_rounding_takes_an_importance_from_text_or_from_a_table_and_does_without(tmp_path):
+    wanted = chosen(models.load(folder(tmp_path / "m", "llama")).model, "linear")
+    found = {}
+    for how in ("nothing", "text", "table"):
+        model = models.load(tmp_path / "m").model
+        floats = {n: op.weight.value().clone() for n, op in ops(model)}
+        squares = {n: fed(model, n).square().mean(0) for n in wanted}
+        calibrate.freeze(
+            model, wanted, solver("rtn"), batches() if how == "text" else None,
+            squares=squares if how == "table" else None,
+        )  # fmt: skip
+        found[how] = {n: op.weight.value() for n, op in ops(model) if n in wanted}
+        for n in wanted:
+            error = (found[how][n] - floats[n]) * squares[n].sqrt()
+            found[how, n] = error.square().sum()
+    for n in wanted:
+        torch.testing.assert_close(found["text"][n], found["table"][n])
+        assert found["text", n] < found["nothing", n]
+
+
+def test_a_tied_head_is_weighed_by_what_the_head_is_fed(tmp_path):
+    model = models.load(folder(tmp_path / "m", "llama")).model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    value, x = model.lm_head.weight.value().clone(), fed(model, "lm_head")
+    calibrate.freeze(model, {"model.embed_tokens": INT4}, solver("rtn"), batches())
+    expected = rtn.quantize(value, INT4, x.square().mean(0)).dequantize()
+    torch.testing.assert_close(model.lm_head.weight.value(), expected)
+
+
+def test_gptq_runs_on_a_whole_model_and_is_nearer_than_rounding(tmp_path):
+    errors = {}
+    folder(tmp_path / "m", "llama-untied")
+    for name in ("rtn", "gptq"):
+        model = models.load(tmp_path / "m").model
+        before = fed(model, "lm_head")
+        calibrate.freeze(model, chosen(model, "linear"), solver(name), batches())
+        errors[name] = (fed(model, "lm_head") - before).square().mean()
+    assert errors["gptq"] < 0.5 * errors["rtn"]
 
 
 def test_an_unknown_solver_is_refused_by_name():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 from halfbyte.data import Batch
 from halfbyte.errors import InputError
 from halfbyte.formats import Format
-from halfbyte.layers import ops
+from halfbyte.layers import Linear, ops
 from halfbyte.models import blocks
-from halfbyte.solvers import SOLVERS, Site, Solver
+from halfbyte.solvers import SOLVERS, Moments, Site, Solver
 
 
 def freeze(
@@ -22,9 +23,12 @@ def freeze(
     solver: Solver,
     batches: list[Batch] | None = None,
     on_block: Callable[[int, int], None] = lambda done, total: None,
+    squares: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Makes codes of the named ops' weights, in place. A block is solved against the float model's outputs, fed
-    with what the already quantized blocks before it give.
+    with what the already quantized blocks before it give; if the solver can do without text, and only weighs by what
+    it finds there, with what the float model gives. squares: op's name -> the mean squares of its inputs (in,), where
+    they are known beforehand (an importance matrix).
 
     Weights outside the blocks are rounded to nearest whatever the solver. Raises InputError if the solver needs
     calibration and there is none.
@@ -33,18 +37,22 @@ def freeze(
         raise InputError("this solver needs calibration text: add --calibration FILE.")
     by_name = dict(ops(model))
     groups = _by_block(model, chosen)
-    feed = _Feed(model, batches) if solver.needs_data and batches else None
+    feed = _Feed(model, batches) if batches and (solver.needs_data or solver.uses) else None
+    known = {n: Moments(s) for n, s in (squares or {}).items()}
     for i, (prefix, names) in enumerate(groups):
         block = model.get_submodule(prefix) if prefix else model
-        sites = {n: Site(by_name[n], chosen[n]) for n in names}
-        inputs = targets = None
-        if feed is not None and prefix:
-            inputs, targets = feed.inputs, feed.run(block)
         use = solver if prefix or not solver.needs_data else SOLVERS["rtn"]
-        for name, q in use.solve(block, inputs, targets, sites).items():
+        inputs = targets = None
+        moments: Mapping[str, Moments] = known
+        if feed is not None:
+            with _watching(model, names, use.uses) as seen:
+                targets = feed.run(block) if prefix else feed.run_whole(model)
+            inputs, moments = feed.inputs if prefix else None, seen.moments()
+        sites = {n: Site(by_name[n], chosen[n], moments.get(n)) for n in names}
+        for name, q in use.solve(block, inputs, targets if prefix else None, sites).items():
             by_name[name].weight.freeze(q)
         if feed is not None and prefix:
-            feed.advance(block)
+            feed.inputs = feed.run(block) if solver.needs_data else targets or []
         on_block(i + 1, len(groups))
 
 
@@ -60,6 +68,56 @@ def _by_block(model: nn.Module, chosen: Mapping[str, Format]) -> list[tuple[str,
     return [*out, ("", list(rest))] if rest else out
 
 
+class _Seen:
+    """Sums of squares, or of x x^T, over what ops are fed. Ops that are fed the same tensor share one sum."""
+
+    def __init__(self, gram: bool) -> None:
+        self.gram, self.count = gram, {}
+        self.sums: dict[str, Tensor] = {}
+        self._last: tuple[Tensor | None, str] = None, ""
+        self._same: dict[str, str] = {}
+
+    def add(self, name: str, x: Tensor) -> None:
+        """What an op is fed, once more: x (..., in)."""
+        last, owner = self._last
+        if last is x and name not in self.sums:
+            self._same[name] = owner
+            return
+        self._last = x, name
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        new = rows.T @ rows if self.gram else rows.square().sum(0)
+        self.sums[name] = self.sums[name] + new if name in self.sums else new
+        self.count[name] = self.count.get(name, 0) + len(rows)
+
+    def moments(self) -> dict[str, Moments]:
+        """By op's name; what was fed nothing is left out."""
+        own = {}
+        for name, total in self.sums.items():
+            mean = total / max(1, self.count[name])
+            own[name] = Moments(mean.diagonal().clone(), mean) if self.gram else Moments(mean)
+        return own | {name: own[owner] for name, owner in self._same.items()}
+
+
+@contextmanager
+def _watching(model: nn.Module, names: list[str], uses: str) -> Iterator[_Seen]:
+    """What the named ops are fed inside; of a weight that an embedding and a head share, what the head is."""
+    seen, by_name = _Seen(uses == "gram"), dict(ops(model))
+    wanted = {id(by_name[n].weight): n for n in names} if uses else {}
+    handles = []
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, args: seen.add(name, args[0])
+
+    for op in by_name.values():
+        if isinstance(op, Linear) and id(op.weight) in wanted:
+            handles.append(op.register_forward_pre_hook(hook(wanted[id(op.weight)])))
+    try:
+        yield seen
+    finally:
+        for h in handles:
+            h.remove()
+
+
 class _Reached(Exception):
     """The first block was reached: its inputs are known."""
 
@@ -72,6 +130,7 @@ class _Feed:
         if not first:
             raise InputError("this model has no list of blocks to calibrate one after the other.")
         self.inputs: list[Tensor] = []
+        self._batches = batches
         self._kwargs: list[dict[str, Any]] = []
 
         def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -97,6 +156,8 @@ class _Feed:
         outputs = [block(x, **kw) for x, kw in zip(self.inputs, self._kwargs, strict=True)]
         return [o[0] if isinstance(o, tuple) else o for o in outputs]
 
-    def advance(self, block: nn.Module) -> None:
-        """Makes the block's outputs the next one's inputs."""
-        self.inputs = self.run(block)
+    @torch.inference_mode()
+    def run_whole(self, model: nn.Module) -> None:
+        """The whole model, for what lies outside its blocks."""
+        for batch in self._batches:
+            model(**batch.inputs)

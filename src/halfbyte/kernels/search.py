@@ -120,6 +120,23 @@ def absmax(rows: Tensor, f: Format, weight: Tensor | None = None) -> Found:
     return minmax(rows, f)
 
 
+def restricted(rows: Tensor, f: Format, weight: Tensor | None = None) -> Found:
+    """Symmetric integers without the lowest, so that both ends are covered alike: scale = absmax / (2^(b-1) - 1)."""
+    if isinstance(f.grid, Integers) and f.zero is None and f.grid.signed:
+        return rows.abs().amax(1) / (f.grid.middle - 1), None
+    return minmax(rows, f)
+
+
+def power_of_two(rows: Tensor, f: Format, weight: Tensor | None = None) -> Found:
+    """As minmax, the scale raised to a power of two: exact in any float, as is its reciprocal, which some files keep.
+    Of formats with a zero point, minmax itself."""
+    scale, zero = minmax(rows, f)
+    if zero is not None:
+        return scale, zero
+    mantissa, exponent = torch.frexp(scale)  # 0.5 stands for a power of two
+    return torch.ldexp(mantissa.sign(), exponent - (mantissa.abs() == 0.5).int()), None
+
+
 def ratios(f: Format) -> list[float]:
     """What of a group's range is tried: of both ends alike where there is no zero point, else of each end."""
     few = f.grid.bits <= 5
@@ -211,4 +228,6 @@ SEARCHES: dict[str, Callable[[Tensor, Format, Tensor | None], Found]] = {
     "absmax": absmax,
     "mse": mse,
     "weighted": weighted,
+    "restricted": restricted,
+    "power-of-two": power_of_two,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -12,15 +12,25 @@ from halfbyte.errors import InputError
 from halfbyte.formats import Format
 from halfbyte.layers import Op
 from halfbyte.qtensor import QTensor
-from halfbyte.solvers import rtn
+from halfbyte.solvers import gptq, rtn
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What is known of an op's inputs from calibration text. squares: their mean squares, float32 (in,). gram: the mean
+    of x x^T, float32 (in, in), or None where only the squares were asked for."""
+
+    squares: Tensor
+    gram: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Site:
-    """A weight to be quantized: the op that uses it, and into which format."""
+    """A weight to be quantized: the op that uses it, into which format, and what is known of its inputs."""
 
     op: Op
     format: Format
+    moments: Moments | None = None
 
 
 class Solve(Protocol):
@@ -38,15 +48,23 @@ class Solve(Protocol):
 
 @dataclass(frozen=True)
 class Solver:
-    """needs_data: whether calibration text is needed; says: what is printed of it."""
+    """needs_data: whether calibration text is needed; says: what is printed of it. uses: which moments of inputs it
+    takes, "squares" (it does without where there are none), "gram" or nothing."""
 
     name: str
     solve: Solve
     needs_data: bool
     says: str
+    uses: Literal["", "squares", "gram"] = ""
 
 
-SOLVERS: dict[str, Solver] = {"rtn": Solver("rtn", rtn.solve, False, rtn.SAYS)}
+SOLVERS: dict[str, Solver] = {
+    s.name: s
+    for s in (
+        Solver("rtn", rtn.solve, False, rtn.SAYS, "squares"),
+        Solver("gptq", gptq.solve, True, gptq.SAYS, "gram"),
+    )
+}
 
 
 def solver(name: str) -> Solver:

@@ -1,0 +1,84 @@
+"""GPTQ on one weight: what it minimizes, what it fits, and what it leaves to rounding."""
+
+import logging
+
+import pytest
+import torch
+
+from halfbyte import kernels
+from halfbyte.formats import parse
+from halfbyte.kernels import proxy
+from halfbyte.layers import Linear, Weight
+from halfbyte.solvers import Moments, Site, gptq, rtn, solver
+
+NAMES = ["int4-g64", "uint4-g64", "int3-g32", "int4-channel", "q4_0", "q4_1", "q4_k", "iq4_nl", "nf4-g64", "mxfp4"]
+
+
+def case(rows=24, inputs=512, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(rows, inputs, generator=g) * 0.05
+    x = torch.randn(700, inputs, generator=g) @ torch.randn(inputs, inputs, generator=g) * 0.1
+    x += torch.randn(700, inputs, generator=g) * torch.rand(inputs, generator=g) * 2
+    return w, x, x.T @ x / len(x)
+
+
+def error(w, q, x):
+    """What a layer's outputs are off by: the thing itself, not its quadratic form."""
+    return (x @ (w - proxy.values(q)).T).square().mean().item()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_are_nearer_than_with_rounding_weighed_or_not(name):
+    w, x, gram = case()
+    f = parse(name)
+    plain, weighed = error(w, kernels.quantize(w, f), x), error(w, rtn.quantize(w, f, gram.diagonal()), x)
+    solved = error(w, gptq.quantize(w, f, gram), x)
+    assert solved < 0.75 * min(plain, weighed)
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q4_1", "uint4-g64", "iq4_nl", "uint4-g64-affine"])
+def test_scales_fitted_to_codes_have_the_least_loss_for_them(name):
+    w, _, gram = case()
+    h = gptq.damped(gram, 0.01)
+    q = kernels.quantize(w, parse(name))
+    fitted = gptq.refitted(w, q, h)
+    assert torch.equal(fitted.codes, q.codes)
+    best = proxy.loss(w, fitted, h)
+    assert (best < proxy.loss(w, q, h)).all()
+    p = fitted.qparams
+    for factor in (0.99, 1.01):
+        other = proxy.with_qparams(fitted, type(p)(p.scale * factor, p.zero))
+        assert (proxy.loss(w, other, h) > best).all()
+
+
+def test_the_factor_is_that_of_the_inverse():
+    _, _, gram = case()
+    h = gptq.damped(gram, 0.01).double()
+    u = gptq.factor(h).double()
+    assert torch.equal(u, u.triu())
+    torch.testing.assert_close(u.T @ u @ h, torch.eye(len(h)).double(), atol=1e-4, rtol=0)
+
+
+def test_inputs_that_were_always_0_and_none_at_all():
+    w, x, _ = case()
+    x[:, 7] = 0
+    for seen in (x, x * 0):
+        q = gptq.quantize(w, parse("int4-g64"), seen.T @ seen / len(seen))
+        assert q.dequantize().isfinite().all()
+        assert (q.dequantize() - w).abs().max() < 0.1
+
+
+def test_what_saw_nothing_or_is_not_solved_for_is_rounded_and_the_log_says_so(caplog):
+    w, _, gram = case()
+    op = Linear(Weight(torch.nn.Parameter(w)))
+    sites = {
+        "blind": Site(op, parse("int4-g64")),
+        "floats": Site(op, parse("fp8-e4m3-channel"), Moments(gram.diagonal(), gram)),
+    }
+    with caplog.at_level(logging.WARNING, "halfbyte"):
+        found = solver("gptq").solve(op, None, None, sites)
+    for name, site in sites.items():
+        assert torch.equal(found[name].dequantize(), kernels.quantize(w, site.format).dequantize())
+    assert "blind" in caplog.text
+    assert "saw no input" in caplog.text
+    assert "float type" in caplog.text
