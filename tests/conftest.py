@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import miniatures
 from halfbyte import kernels
 
 # The same few examples in every run: the whole suite is meant to be run often, on a small machine.
@@ -52,6 +53,12 @@ def smollm2_tokenizer() -> PreTrainedTokenizerBase:
     assert spec is not None
     assert spec.origin is not None
     return AutoTokenizer.from_pretrained(Path(spec.origin).parent, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """The folder of a miniature Llama with a byte-level BPE tokenizer and a chat template."""
+    return miniatures.folder(tmp_path / "base", words=miniatures.bpe())
 
 
 CHAT_TEMPLATE = (

@@ -15,6 +15,7 @@ from halfbyte import run
 from halfbyte.run import Run
 from halfbyte.scheme import custom, scheme
 from halfbyte.solvers import solver
+from halfbyte.steps import Freeze
 
 IDS = torch.arange(3, 23).reshape(2, 10)
 _LLAMA = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -64,12 +65,16 @@ def make(name: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
     return model
 
 
-def folder(path: Path, name: str = "llama", dtype: torch.dtype = torch.float32, words: bool = False, **own) -> Path:
-    """A miniature saved by transformers; with `words`, a tokenizer too."""
-    model = make(name, dtype, **own)
-    model.save_pretrained(path)
-    if words:
-        tokenizer().save_pretrained(path)
+def folder(
+    path: Path, name: str = "llama", dtype: torch.dtype = torch.float32, words: bool | PreTrainedTokenizerFast = False,
+    **own: Any,
+) -> Path:  # fmt: skip
+    """A miniature saved by transformers. words: whether with `tokenizer()`, or a tokenizer to whose size it is made."""
+    if not isinstance(words, bool):
+        own = {"vocab_size": len(words), **own}
+    make(name, dtype, **own).save_pretrained(path)
+    if words is not False:
+        (tokenizer() if words is True else words).save_pretrained(path)
     return path
 
 
@@ -145,6 +150,13 @@ def quantized(path: Path, to: Any) -> Run:
     """A model from a folder, its weights made codes by round to nearest."""
     made = run.load(path)
     run.freeze(made, scheme(to) if isinstance(to, str) else custom(to), solver("rtn"))
+    return made
+
+
+def calibrated(path: Path, to: Any = "W8A8_STATIC", **settings: Any) -> Run:
+    """A model from a folder with words, quantized by a scheme whose inputs are static."""
+    made = run.load(path)
+    Freeze(scheme=to, calibration=[{"text": t} for t in _TEXT], **settings)(made)
     return made
 
 

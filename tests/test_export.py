@@ -18,17 +18,9 @@ from halfbyte.formats import FORMATS
 from halfbyte.kinds import gguf
 from halfbyte.layers import Codes, ops
 from halfbyte.model import load
-from miniatures import folder, logits
+from miniatures import logits
 
 TEXT = data.records([{"text": "The quick brown fox jumps over the lazy dog. " * 8}])
-
-
-@pytest.fixture
-def base(tmp_path):
-    tokenizer = miniatures.bpe()
-    path = folder(tmp_path / "base", "llama", vocab_size=len(tokenizer))
-    tokenizer.save_pretrained(path)
-    return path
 
 
 class Reader(nn.Module):
@@ -173,6 +165,21 @@ def test_a_reader_that_is_not_there_is_said(base, tmp_path, monkeypatch):
     assert re.fullmatch(r"not read back by llama.cpp.*: install it", said[-1])
 
 
+def test_one_window_is_enough(base, tmp_path, reads):
+    """Though it has no error of its mean."""
+    said = []
+    done = to_file(base, tmp_path / "m.gguf", proof=export.Proof(TEXT, 1, 64), said=said)
+    assert done.rows[1][1]["kl_error"] is None
+    assert re.search(r"mean KL 0\.0000, top-1 agreement 100\.0%$", said[-1])
+
+
+def test_a_model_without_words_is_written_and_not_read(tmp_path, reads):
+    said = []
+    done = to_file(miniatures.folder(tmp_path / "mute"), tmp_path / "m.gguf", proof=export.Proof(TEXT), said=said)
+    assert done.rows == []
+    assert said[-1].endswith("the model has no tokenizer, and text needs one")
+
+
 def test_an_adapter_is_merged_first(base, tmp_path):
     made = load(base)
     made.train(TEXT, method="lora", steps=1, batch_size=1, max_length=32, r=2).save(tmp_path / "adapter")
@@ -186,3 +193,10 @@ def test_a_kind_is_told_by_name_or_by_suffix(tmp_path):
         kinds.kind(None, tmp_path / "x")
     with pytest.raises(InputError, match="--to gguff: it is gguf"):
         kinds.kind("gguff", tmp_path / "x")
+    with pytest.raises(InputError, match=r"--to gguf writes a file: name it x\.gguf"):
+        kinds.kind("gguf", tmp_path / "x")
+    with pytest.raises(InputError, match=r"--to hf writes a folder, and .*x\.gguf is a name of a file"):
+        kinds.kind("hf", tmp_path / "x.gguf")
+    (tmp_path / "x.gguf").mkdir()
+    with pytest.raises(InputError, match=r"x\.gguf is a folder, where a file is to be written"):
+        kinds.kind(None, tmp_path / "x.gguf")

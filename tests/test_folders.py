@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte.errors import InputError
-from halfbyte.folders import CHECKPOINT, check_free, whole
+from halfbyte.folders import CHECKPOINT, beside, check_free, whole, whole_file
 
 
 def _write(target, text, **options):
@@ -101,3 +101,73 @@ def test_a_checkpoint_is_not_thrown_away_unasked(tmp_path):
     assert checkpoint.exists()
     with whole(tmp_path / "out", overwrite=True) as partial:
         assert not (partial / CHECKPOINT).exists()
+
+
+# ---- outputs that are a file, or two
+
+
+def _file(target, text, second=None, error=None, **options):
+    with whole_file(target, **options) as partial:
+        assert partial.name == target.name  # what it says of the second file is right once both are in place
+        partial.write_text(text)
+        if second is not None:
+            beside(partial).write_text(second)
+        if error is not None:
+            raise error
+
+
+def _held(folder):
+    return {p.name: p.read_text() for p in folder.iterdir()}
+
+
+def test_files_appear_together_or_not_at_all(tmp_path):
+    target = tmp_path / "m.onnx"
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error):
+            _file(target, "a", "b", error)
+        assert _held(tmp_path) == {}
+    _file(target, "a", "b")
+    assert _held(tmp_path) == {"m.onnx": "a", "m.onnx.data": "b"}
+    with pytest.raises(KeyboardInterrupt):
+        _file(target, "c", "d", KeyboardInterrupt, overwrite=True)
+    assert _held(tmp_path) == {"m.onnx": "a", "m.onnx.data": "b"}
+    _file(target, "c", "d", overwrite=True)
+    assert _held(tmp_path) == {"m.onnx": "c", "m.onnx.data": "d"}
+    _file(target, "e", overwrite=True)
+    assert _held(tmp_path) == {"m.onnx": "e"}
+
+
+def test_an_old_file_is_never_read_with_a_new_second_one(tmp_path, monkeypatch):
+    """Should the second be the last thing that is put into place."""
+    target, replace = tmp_path / "m.onnx", Path.replace
+    _file(target, "a", "b")
+
+    def stop(self, to):
+        if self.suffix == ".onnx":
+            raise KeyboardInterrupt
+        return replace(self, to)
+
+    monkeypatch.setattr(Path, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        _file(target, "c", "d", overwrite=True)
+    assert _held(tmp_path) == {"m.onnx.data": "d"}
+
+
+def test_a_second_file_alone_is_not_replaced_unasked(tmp_path):
+    target = tmp_path / "m.onnx"
+    beside(target).write_text("dear")
+    with pytest.raises(InputError, match=r"m\.onnx\.data exists already; .*--overwrite"):
+        check_free(target)
+    beside(target).replace(target)
+    with pytest.raises(InputError, match="is what is read"):
+        check_free(target, True, target)
+    beside(target).mkdir()
+    with pytest.raises(InputError, match=r"m\.onnx\.data is nothing that halfbyte wrote"):
+        check_free(target, True)
+
+
+def test_what_lies_beside_other_files_is_left_alone(tmp_path):
+    (tmp_path / "m.gguf.data").write_text("dear")
+    _file(tmp_path / "m.gguf", "a")
+    _file(tmp_path / "m.gguf", "b", overwrite=True)
+    assert _held(tmp_path) == {"m.gguf": "b", "m.gguf.data": "dear"}

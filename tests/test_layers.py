@@ -556,3 +556,86 @@ def test_a_scaled_embedding_keeps_its_scale():
 def test_the_printed_form_tells_shape_and_format():
     assert "(48, 64), int4-g32" in repr(linear("int4-g32"))
     assert "torch.bfloat16" in repr(linear(None, torch.bfloat16))
+
+
+# ---- static inputs
+
+
+STATIC = ["int8-tensor", "uint8-tensor", "fp8-e4m3-tensor"]
+
+
+def rounding(name: str, weight: str | None = "int8-channel", dtype: torch.dtype = torch.float32):
+    """An op whose inputs are static, inputs some of which are clipped, and those inputs rounded."""
+    op, x, f = linear(weight, dtype), torch.randn(3, 5, 64).to(dtype), FORMATS[name]
+    p = kernels.qparams(x[:1], f, "absmax")
+    op.round_inputs(f, type(p)(p.scale.to(dtype), p.zero))
+    return op, x, kernels.quantize(x, f, p).dequantize()
+
+
+@pytest.mark.parametrize("name", STATIC)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight", ["int8-channel", "int4-g32", None])
+@torch.no_grad()
+def test_static_inputs_are_rounded_by_one_scale(name, dtype, weight):
+    op, x, rounded = rounding(name, weight, dtype)
+    wanted = nn.functional.linear(rounded, op.weight.value(), op.bias)
+    with kernels.using("reference"):
+        assert torch.equal(op(x), wanted)
+        assert torch.equal(op(x[1]), wanted[1])  # whatever stands beside them
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    assert (op(x) - wanted).norm() <= tolerance * wanted.norm()
+
+
+@pytest.mark.parametrize("codes", ["int8-channel", "int4-g32"])
+@torch.no_grad()
+def test_static_codes_are_multiplied_in_integers(codes):
+    """The same bits as by each token's scale, where that is the same."""
+    op, x, _ = rounding("int8-tensor", codes)
+    p = op.input_qparams
+    by_token = kernels.quantize(
+        x, "int8-channel", type(p)(p.scale.expand(3, 5, 1))
+    )  # fmt: skip
+    assert torch.equal(op(x), kernels.linear(by_token, op.weight.stored.q, op.bias))
+
+
+@pytest.mark.parametrize("name", STATIC)
+@pytest.mark.usefixtures("torch_products")
+def test_static_inputs_in_training_are_those_of_eval(name):
+    op, x, rounded = rounding(name, None)
+    x.requires_grad_(True)
+    y = op.train()(x)
+    assert torch.equal(y, nn.functional.linear(rounded, op.weight.base(), op.bias))
+    y.sum().backward()
+    clipped = (x.detach() - rounded).abs() > op.input_qparams.scale * (32 if "fp8" in name else 1)
+    assert clipped.any()
+    assert not x.grad[clipped].any()
+    assert "input_scale" not in dict(op.named_parameters())
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_scales_of_inputs_live_as_codes_do(name):
+    op, x, _ = rounding(name, dtype=torch.float32)
+    op.input_scale.mul_(1.0001)  # no number of bfloat16
+    before, scale = op(x), op.input_scale.clone()
+    for cast in (lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double(), lambda m: m.float()):
+        cast(op)
+        assert op.input_scale.dtype == torch.float32
+        assert torch.equal(op.input_scale, scale)
+    assert torch.equal(copy.deepcopy(op)(x), op(x))
+    other, _, _ = rounding(name)
+    other.load_state_dict(op.state_dict())
+    assert torch.equal(other(x), op(x))
+    assert {t.device.type for t in op.to("meta").buffers()} == {"meta"}
+    assert before.isfinite().all()
+
+
+def test_another_format_of_inputs_needs_another_scale():
+    op, x, _ = rounding("uint8-tensor")
+    op.input = FORMATS["uint8-tensor"]
+    assert op.input_qparams is not None
+    op.input = FORMATS["int8-tensor"]
+    assert "input_scale" not in op.state_dict()
+    with pytest.raises(InputError, match=r"rounded to int8-tensor by a scale that is not known yet: calibrate first"):
+        op(x)
+    op.input = FORMATS["int8-channel"]
+    assert op(x).isfinite().all()

@@ -107,8 +107,8 @@ def test_what_would_fail_late_fails_first(tiny_llama, tiny_data, tmp_path, monke
     late = {"evaluate": {"data": str(tmp_path / "nowhere.jsonl")}}
     with pytest.raises(halfbyte.InputError, match=r"nowhere\.jsonl does not exist"):
         parse_recipe({**base, "steps": [train, late]}).run()
-    with pytest.raises(halfbyte.InputError, match="no layout for mxfp4"):
-        parse_recipe({**base, "steps": [train, {"freeze": {"scheme": "mxfp4"}}]}).run()
+    with pytest.raises(halfbyte.InputError, match="no layout for q4_0"):
+        parse_recipe({**base, "steps": [train, {"freeze": {"scheme": "q4_0"}}]}).run()
     assert list(tmp_path.iterdir()) == []
 
 

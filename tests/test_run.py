@@ -121,7 +121,7 @@ def test_an_adapter_on_rules_of_ones_own_comes_back(tmp_path, base):
     assert torch.equal(logits(again.model), logits(made.model))
 
 
-@pytest.mark.parametrize("to", ["q4_0", "mxfp4", "uint4-tensor"])
+@pytest.mark.parametrize("to", ["q4_0", "iq4_nl", "uint4-tensor"])
 def test_what_no_folder_holds_is_known_before_the_work(base, to):
     with pytest.raises(InputError, match=to):
         load(base).holds(scheme(to))

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from halfbyte import FORMATS, InputError
 from halfbyte.formats import parse
-from halfbyte.scheme import SCHEMES, Rule, Scheme, custom, scheme
+from halfbyte.scheme import MIXES, SCHEMES, Rule, Scheme, custom, scheme
 
 KEPT = ["embedding", "head", "router"]
 
@@ -24,6 +24,16 @@ def test_presets_keep_what_they_name_and_say_why(name):
         assert rule.why.startswith(role)
     for role in ("linear", "conv1d"):
         assert weight(s, role=role, shape=(64, 512)) is not None
+
+
+def test_static_inputs_are_told_from_those_rounded_by_token():
+    assert [name for name, s in {**SCHEMES, **MIXES}.items() if s.static] == ["W8A8_STATIC"]
+    rule = SCHEMES["W8A8_STATIC"].decide("x", "linear", (64, 512))
+    assert (str(rule.weight), str(rule.input)) == ("int8-channel", "int8-tensor")
+    own = [{"match": "@linear", "weight": "int8-channel", "input": "uint8-tensor"}]
+    assert custom(own).static
+    assert custom(custom(own).notation()).static
+    assert not custom([{**own[0], "input": "int8-token"}]).static
 
 
 @pytest.mark.parametrize("name", FORMATS)

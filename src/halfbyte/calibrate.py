@@ -26,9 +26,9 @@ def freeze(
     squares: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Makes codes of the named ops' weights, in place. A block is solved against the float model's outputs, fed
-    with what the already quantized blocks before it give; if the solver can do without text, and only weighs by what
-    it finds there, with what the float model gives. squares: op's name -> the mean squares of its inputs (in,), where
-    they are known beforehand (an importance matrix).
+    with what the already quantized blocks before it give. A solver that can do without text, and only weighs by it, is
+    told what the float model is fed. squares: op's name -> the mean squares of its inputs (in,), where they are known
+    beforehand (an importance matrix).
 
     Weights outside the blocks are rounded to nearest whatever the solver. Raises InputError if the solver needs
     calibration and there is none.
@@ -37,23 +37,39 @@ def freeze(
         raise InputError("this solver needs calibration text: add --calibration FILE.")
     by_name = dict(ops(model))
     groups = _by_block(model, chosen)
-    feed = _Feed(model, batches) if batches and (solver.needs_data or solver.uses) else None
+    feed = _Feed(model, batches) if batches and solver.needs_data else None
     known = {n: Moments(s) for n, s in (squares or {}).items()}
+    if batches and feed is None and solver.uses:
+        known = moments(model, batches, list(chosen), solver.uses)
     for i, (prefix, names) in enumerate(groups):
         block = model.get_submodule(prefix) if prefix else model
         use = solver if prefix or not solver.needs_data else SOLVERS["rtn"]
         inputs = targets = None
-        moments: Mapping[str, Moments] = known
+        told = known
         if feed is not None:
             with _watching(model, names, use.uses) as seen:
-                targets = feed.run(block) if prefix else feed.run_whole(model)
-            inputs, moments = feed.inputs if prefix else None, seen.moments()
-        sites = {n: Site(by_name[n], chosen[n], moments.get(n)) for n in names}
-        for name, q in use.solve(block, inputs, targets if prefix else None, sites).items():
+                targets = feed.run(block) if prefix else _run(model, batches or [])
+            inputs, told = feed.inputs if prefix else None, seen.moments()
+        sites = {n: Site(by_name[n], chosen[n], told.get(n)) for n in names}
+        for name, q in use.solve(block, inputs, targets, sites).items():
             by_name[name].weight.freeze(q)
         if feed is not None and prefix:
-            feed.inputs = feed.run(block) if solver.needs_data else targets or []
+            feed.inputs = feed.run(block)
         on_block(i + 1, len(groups))
+
+
+def moments(model: nn.Module, batches: list[Batch], names: list[str], uses: str) -> dict[str, Moments]:
+    """Of the named ops' inputs, by op's name: their "squares", or the whole "gram". What is fed nothing is left out; of
+    a weight that an embedding and a head share it is what the head is fed."""
+    with _watching(model, names, uses) as seen:
+        _run(model, batches)
+    return seen.moments()
+
+
+@torch.inference_mode()
+def _run(model: nn.Module, batches: list[Batch]) -> None:
+    for batch in batches:
+        model(**batch.inputs)
 
 
 def _by_block(model: nn.Module, chosen: Mapping[str, Format]) -> list[tuple[str, list[str]]]:
@@ -100,7 +116,7 @@ class _Seen:
 
 @contextmanager
 def _watching(model: nn.Module, names: list[str], uses: str) -> Iterator[_Seen]:
-    """What the named ops are fed inside; of a weight that an embedding and a head share, what the head is."""
+    """What the named ops are fed inside."""
     seen, by_name = _Seen(uses == "gram"), dict(ops(model))
     wanted = {id(by_name[n].weight): n for n in names} if uses else {}
     handles = []
@@ -130,7 +146,6 @@ class _Feed:
         if not first:
             raise InputError("this model has no list of blocks to calibrate one after the other.")
         self.inputs: list[Tensor] = []
-        self._batches = batches
         self._kwargs: list[dict[str, Any]] = []
 
         def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -155,9 +170,3 @@ class _Feed:
         """The block's outputs on the present inputs."""
         outputs = [block(x, **kw) for x, kw in zip(self.inputs, self._kwargs, strict=True)]
         return [o[0] if isinstance(o, tuple) else o for o in outputs]
-
-    @torch.inference_mode()
-    def run_whole(self, model: nn.Module) -> None:
-        """The whole model, for what lies outside its blocks."""
-        for batch in self._batches:
-            model(**batch.inputs)

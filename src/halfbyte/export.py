@@ -20,12 +20,15 @@ from halfbyte.kinds import KINDS, Job, Kind
 from halfbyte.layers import Codes, Linear, ops
 from halfbyte.models import Loaded
 from halfbyte.models.gguf_saving import FLOATS
-from halfbyte.plan import Entry, inventory, plan
+from halfbyte.plan import Entry, inventory, plan, totals
 from halfbyte.run import to_scheme
-from halfbyte.scheme import MIXES, Mix, Scheme
+from halfbyte.scheme import MIXES, Mix, Scheme, static
+from halfbyte.solvers import solver
+from halfbyte.steps import Freeze
 
 MAX_KL = 0.02  # of the reader's logits to ours in the same format: above this the file is not what was meant
 MAX_KL_ROUNDED = 0.1  # where inputs are rounded too: a last digit turns codes over, and SmolLM2 in W8A8 gives 0.03
+MAX_KL_BESIDE = 0.001  # an adapter beside a base in float32: nothing is rounded, and it moves logits by little itself
 Say = Callable[[str], None]
 
 
@@ -45,7 +48,7 @@ class Exported:
 @dataclass
 class Proof:
     """How an export is held against the model. data: held-out text, records or a file; the packaged sample if None.
-    max_kl: of the reader's logits to ours, mean over tokens; MAX_KL or MAX_KL_ROUNDED if None."""
+    max_kl: of the reader's logits to ours, mean over tokens; one of MAX_KL above if None."""
 
     data: Any = None
     windows: int = 4
@@ -62,8 +65,47 @@ def read(
     if path.is_dir() and (path / peft.CONFIG).exists():
         if adapter:
             return run.load(source, dtype).loaded
-        raise InputError(f"{source} is an adapter; `halfbyte merge {source} -o MERGED` makes a model of it.")
+        raise InputError(
+            f"{source} is an adapter; `halfbyte merge {source} -o MERGED` makes a model of it, and --to gguf-lora "
+            "exports it alone."
+        )
     return models.load(source, dtype, revision, weights=False)
+
+
+@dataclass
+class Found:
+    """How codes are found while a model is exported: the settings of a Freeze step. With none of them each weight is
+    rounded by itself, while it is written."""
+
+    solver: str = "rtn"
+    calibration: Any = None
+    samples: int = 32
+    imatrix: str | Path | None = None
+    inputs: str = "minmax"
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the whole model must run, or a file say what it is fed."""
+        return solver(self.solver).needs_data or self.calibration is not None or self.imatrix is not None
+
+
+def job(
+    source: str | Path, kind: Kind, format: str | None, requantize: bool, found: Found | None = None,
+    dtype: torch.dtype | None = None, revision: str | None = None, say: Say = lambda line: None,
+    on_block: Callable[[int, int], None] | None = None,
+) -> Job:  # fmt: skip
+    """Reads MODEL and prepares it, its weights quantized in memory first where `found` asks for that. Raises InputError
+    as `prepare` does."""
+    loaded = read(source, dtype, revision, kind.ADAPTERS)
+    if found is None or not found.needs_model:
+        return prepare(loaded, kind, format, requantize, say)
+    if format is None or format.upper() in FLOATS:
+        raise InputError(f"--solver, --calibration and --imatrix are of a --format to quantize to, not of {format}.")
+    freeze = Freeze(scheme=chosen(format), on_block=on_block, **vars(found))
+    prepare(loaded, kind, format, requantize)  # what cannot be is refused before the work
+    made = run.load(source, dtype, revision)
+    freeze(made)
+    return prepare(made.loaded, kind, None, False, say)
 
 
 def prepare(loaded: Loaded, kind: Kind, format: str | None, requantize: bool, say: Say = lambda line: None) -> Job:
@@ -171,7 +213,14 @@ def export(
     say: Say = lambda line: None,
 ) -> Exported:  # fmt: skip
     """Writes what was prepared, whole or not at all; reads it back by the kind's own reader and measures it, unless
-    proof is None. Raises BudgetExceeded, and keeps nothing, where the reader computes something else than we do."""
+    proof is None. Raises BudgetExceeded, and keeps nothing, where the reader computes something else than we do, and
+    InputError before the work where inputs are to be rounded by scales that the model does not have."""
+    for name, op in ops(job.loaded.model):
+        if isinstance(op, Linear) and static(op.input) and op.input_qparams is None:
+            raise InputError(
+                f"{source} has no scale for the inputs of {name}, which is found on text: add --calibration FILE, or "
+                "quantize first with it, then export."
+            )
     done = Exported(output)
     with (whole_file if kind.SUFFIX else whole)(output, overwrite) as partial:
         kind.write(job, partial)
@@ -179,6 +228,8 @@ def export(
             say("not read back: --no-verify")
         elif (why := kind.missing()) is not None:
             say(f"not read back by {kind.READER}: {why}")
+        elif job.loaded.tokenizer is None:
+            say(f"not read back by {kind.READER}: the model has no tokenizer, and text needs one")
         else:
             done.rows = _prove(source, partial, kind, job, proof, say)
         if not kind.SUFFIX:
@@ -206,14 +257,18 @@ def _prove(
     rows = data.encode(records, ours.needs_tokenizer, proof.context, packing=records[0].kind == "text")
     rows.rows[:] = rows.rows[: proof.windows]
     context = max(map(len, rows.rows))
-    reader = kind.open(path, context)
-    if ours.tokenizer is not None and (difference := kind.differs(reader, ours.tokenizer)):
+    if kind.ADAPTERS:
+        size = 4 * totals(inventory(job.loaded.model))[0]
+        say(f"its base is written beside it in float32 until it is read: {size / 1e6:.0f} MB")
+    reader = kind.beside(job, path, context) if kind.ADAPTERS else kind.open(path, context)
+    if job.loaded.tokenizer is not None and (difference := kind.differs(reader, job.loaded)):
         raise BudgetExceeded(f"{kind.READER} reads {difference}; nothing was kept.")
     out = [("read back, against halfbyte", _row(reader, rows, ours.model, ours, path))]
     kl = out[0][1]["kl_mean"]
     say(f"read back by {kind.READER}: mean KL to halfbyte's own reading {kl:.2g} on {rows.tokens} tokens")
     rounded = any(isinstance(op, Linear) and op.input for _, op in ops(job.loaded.model))
-    limit = proof.max_kl if proof.max_kl is not None else MAX_KL_ROUNDED if rounded else MAX_KL
+    usual = MAX_KL_BESIDE if kind.ADAPTERS else MAX_KL_ROUNDED if rounded else MAX_KL
+    limit = usual if proof.max_kl is None else proof.max_kl
     if not kl <= limit:
         raise BudgetExceeded(
             f"{kind.READER} computes something else than halfbyte does: mean KL {kl:.4f} is above --max-kl "
@@ -222,8 +277,9 @@ def _prove(
     before = run.load(source, torch.float32)
     out.append((f"read back, against {Path(str(source)).name}", _row(reader, rows, before.model, ours, path)))
     row = out[1][1]
+    error = f" +- {row['kl_error']:.4f}" if row["kl_error"] is not None else ""  # of one window there is none
     say(
-        f"against {source}: perplexity {row['perplexity']:.3f}, mean KL {row['kl_mean']:.4f} +- {row['kl_error']:.4f}, "
+        f"against {source}: perplexity {row['perplexity']:.3f}, mean KL {row['kl_mean']:z.4f}{error}, "
         f"top-1 agreement {100 * row['top1_agreement']:.1f}%"
     )
     return out

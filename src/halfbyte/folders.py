@@ -16,14 +16,26 @@ FILES = (".gguf", ".onnx")  # outputs that are one file
 _OURS = ("halfbyte.json", "ledger.json")  # what a folder that halfbyte wrote holds
 
 
+def beside(target: Path) -> Path:
+    """The second file of an ONNX file: the weights, where the first has no room for them."""
+    return target.with_name(f"{target.name}.data")
+
+
+def _files(target: Path) -> list[Path]:
+    """All that an output of FILES may be."""
+    return [target, beside(target)] if target.suffix == ".onnx" else [target]
+
+
 def check_free(target: Path, overwrite: bool = False, *sources: str | Path | None) -> None:
     """Refuses, before any work, a target that exists or cannot be made; with `overwrite`, one that halfbyte did not
     write, or in which one of the `sources` lies that are to be read. Raises InputError."""
     full = target.resolve()
-    if target.exists() and not overwrite:
-        raise InputError(f"{target} exists already; choose another -o, or add --overwrite to replace it.")
+    if taken := [p for p in _files(target) if p.exists() and not overwrite]:
+        raise InputError(f"{taken[0]} exists already; choose another -o, or add --overwrite to replace it.")
+    if folders := [p for p in _files(target)[1:] if p.is_dir()]:
+        raise InputError(f"{folders[0]} is nothing that halfbyte wrote; remove it yourself if it can go.")
     if target.is_file() and target.suffix in FILES:
-        if same := [s for s in sources if s is not None and Path(s).resolve() == full]:
+        if same := [s for s in sources if s is not None and Path(s).resolve() in _files(full)]:
             raise InputError(f"{target} cannot be replaced: {same[0]} is what is read; choose another -o.")
     elif target.exists():
         if not target.is_dir() or (any(target.iterdir()) and not any((target / n).exists() for n in _OURS)):
@@ -72,15 +84,26 @@ def whole(target: Path, overwrite: bool = False, resume: bool = False) -> Iterat
 
 @contextmanager
 def whole_file(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yields `NAME.partial.SUFFIX`, a file to be written that becomes `target` when the block ends well, and is removed
-    when it raises. Raises InputError as `check_free` does."""
+    """Yields the file of that name in a folder of its own, `target.partial`. When the block ends well the file becomes
+    `target`, with a second one that may have been written `beside` it; when it raises, both are removed. Raises
+    InputError as `check_free` does."""
     check_free(target, overwrite)
     target = target.resolve()
-    partial = target.with_name(f"{target.stem}.partial{target.suffix}")
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.with_name(target.name + ".partial")
+    if folder.is_file():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    partial = folder / target.name
     try:
         yield partial
+        second = [p for p in _files(partial)[1:] if p.exists()]
+        for p in second:
+            target.unlink(missing_ok=True)  # or it would be read with a second file that is not its own
+            p.replace(target.with_name(p.name))
         partial.replace(target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        if not second:
+            for p in _files(target)[1:]:  # of what was there before
+                p.unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

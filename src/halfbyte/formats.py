@@ -216,13 +216,15 @@ _FIXED = [
     _k_quant("q4_k", 4, 32, _super_block("q4_k-scales"), _super_block("q4_k-mins")),
     _k_quant("q5_k", 5, 32, _super_block("q5_k-scales"), _super_block("q5_k-mins")),
     _k_quant("q6_k", 6, 16, _super_block("q6_k-scales", 8, 16, signed=True)),
+    # LLM.int8 (arXiv:2208.07339), as bitsandbytes has it: by row, without the lowest integer
+    Format("int8-bnb", Integers(8), "channel", "float32", search="restricted"),
     # OCP microscaling and NVIDIA's variant of it
     Format("mxfp4", Table(_E2M1, ties="even"), 32, "float8_e8m0fnu"),
     Format(
         "nvfp4",
         Table(_E2M1, ties="even"),
         16,
-        Format("nvfp4-scales", Float8(torch.float8_e4m3fn), "tensor", "float32"),
+        Format("nvfp4-scales", Float8(torch.float8_e4m3fn), "tensor", "float32", search="power-of-two"),
     ),
 ]
 

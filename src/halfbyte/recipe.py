@@ -113,12 +113,26 @@ class Recipe:
         made = next((s for s in reversed(self.steps) if isinstance(s, Freeze | Grid | Merge)), None)
         if self.output is not None and isinstance(made, Freeze | Grid) and made.scheme is not None:
             run.holds(to_scheme(made.scheme, made.group_size))
+        if self.output is not None and _adapts_what_text_made(self.steps):
+            raise InputError(
+                "an adapter onto codes that calibration found needs these as its base: quantize to a folder, then "
+                "adapt that folder."
+            )
         for i, step in enumerate(self.steps):
             say(f"step {i + 1}/{len(self.steps)}: {type(step).__name__.lower()}")
             step(run)
         if self.output is not None:
             save(run, self.output, overwrite)
         return run
+
+
+def _adapts_what_text_made(steps: list[Step]) -> bool:
+    """Whether the result would be an adapter whose base, codes found on text, is nowhere on disk."""
+    last = next((s for s in reversed(steps) if isinstance(s, Adapt | Merge)), None)
+    if not isinstance(last, Adapt):
+        return False
+    before = [s for s in steps[: steps.index(last)] if isinstance(s, Freeze)]
+    return bool(before) and (before[-1].calibration is not None or before[-1].imatrix is not None)
 
 
 def read_recipe(path: str | Path) -> Recipe:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from halfbyte import adapters, calibrate, data, evaluate, models
+from halfbyte import adapters, calibrate, data, evaluate, models, observe
 from halfbyte.card import write_card
 from halfbyte.containers import container_for, peft
 from halfbyte.containers.shards import read_json
 from halfbyte.errors import InputError
+from halfbyte.folders import beside
 from halfbyte.formats import Format
 from halfbyte.layers import Codes, Grid, Linear, Op, ops, weights
 from halfbyte.models import Loaded
 from halfbyte.plan import inventory, plan, totals
-from halfbyte.scheme import Mix, Scheme, custom, scheme
+from halfbyte.scheme import Mix, Scheme, custom, scheme, static
 from halfbyte.solvers import Solver, solver
 from halfbyte.train import Log
 
@@ -99,6 +100,10 @@ class Run:
     def _write_adapter(self, folder: Path) -> None:
         found = adapters.attached(self.model)
         settings = next(iter(found.values())).settings()
+        if self.notes.get("calibrated"):
+            raise InputError(
+                "the adapter's base are codes that calibration found: save them as a model before adapting."
+            )
         if settings.get("peft_type") != "LORA":
             raise InputError("this adapter has no folder layout that others read; merge it before saving.")
         linear = [n for n, op in ops(self.model) if isinstance(op, Linear)]
@@ -141,9 +146,9 @@ class Run:
 
 
 def disk_bytes(path: Path) -> int:
-    """Bytes of the weight files of a folder, or of a file."""
+    """Bytes of the weight files of a folder, or of a file and what lies beside it."""
     if path.is_file():
-        return path.stat().st_size
+        return path.stat().st_size + (beside(path).stat().st_size if beside(path).is_file() else 0)
     return sum(f.stat().st_size for f in path.iterdir() if f.suffix in (".safetensors", ".gguf"))
 
 
@@ -238,24 +243,43 @@ def see_through(run: Run, chosen: Scheme | Mix, how: str = "minmax") -> None:
 @torch.no_grad()
 def freeze(
     run: Run, chosen: Scheme | Mix, by: Solver, batches: list[data.Batch] | None = None,
-    on_block: Callable[[int, int], None] = lambda done, total: None, keep: bool = False,
+    on_block: Callable[[int, int], None] = lambda done, total: None, keep: bool = False, inputs: str = "minmax",
+    squares: Mapping[str, Tensor] | None = None, on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:  # fmt: skip
     """Makes codes of every weight that the scheme quantizes, but of those that are such codes already; with `keep`, of
-    none that are codes. Raises InputError before any is touched if one cannot be."""
+    none that are codes. inputs: how observe finds the scales of inputs, where the scheme has static ones; it does so
+    once all weights are codes. squares: see calibrate.freeze. Raises InputError before any is touched if one cannot
+    be."""
+    check_static(chosen, batches)
     by_name = dict(ops(run.model))
-    formats = {}
+    formats, observed = {}, {}
     held = {n: w.stored.q.format for n, op in by_name.items() if isinstance((w := op.weight).stored, Codes)}
     if keep and held:
         run.notes["kept_codes"] = len({id(by_name[n].weight) for n in held})
     for e in plan(run.model, chosen):
         name = e.name.removesuffix(".weight")
-        if e.after is not None and not e.tied_to and not (keep and name in held) and held.get(name) != e.after:
+        if e.after is None or e.tied_to or (keep and name in held):
+            continue
+        if held.get(name) != e.after:
             if not by_name[name].weight.value().isfinite().all():
                 raise InputError(f"{e.name} holds NaN or infinity, which has no code in {e.after.name}.")
             formats[name] = e.after
-            _set_input(by_name[name], e.input)
-    calibrate.freeze(run.model, formats, by, batches, on_block)
-    run.notes |= {"stored": chosen.notation(), "solver": by.name}
+        _set_input(by_name[name], None if static(e.input) else e.input)
+        if static(e.input) and isinstance(by_name[name], Linear):
+            observed[name] = e.input
+    calibrate.freeze(run.model, formats, by, batches, on_block, squares)
+    run.notes |= {"stored": chosen.notation(), "solver": by.name, "calibrated": bool(batches or squares)}
+    if observed and batches:
+        observe.observe(run.model, observed, batches, inputs, on_batch)
+        run.notes["input_search"] = inputs
+
+
+def check_static(chosen: Scheme | Mix, text: Any) -> None:
+    """Raises InputError where a scheme has static inputs and there is no text to find their scales on."""
+    if chosen.static and not text:
+        raise InputError(
+            f"{chosen.name} rounds inputs by scales that are found on text: quantizing to it needs --calibration FILE."
+        )
 
 
 def dequantize(run: Run) -> None:

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from halfbyte.errors import InputError
 from halfbyte.formats import FORMATS, Format, parse
@@ -16,10 +16,16 @@ ROLES = ("linear", "conv1d", "embedding", "head", "router")
 _SMALLER = (128, 64, 32)  # what a preset's group falls back to where it does not divide a layer's inputs
 
 
+def static(input: Format | None) -> bool:
+    """Whether inputs in a format are rounded by one scale for all of them, which calibration finds and the model keeps;
+    others are rounded by scales of each token."""
+    return input is not None and input.group == "tensor"
+
+
 @dataclass(frozen=True)
 class Rule:
     """match: "@role", or a regular expression for the whole module name. weight: a format, or None to keep.
-    input: the format that inputs are rounded to at run time. why: said in every listing."""
+    input: the format that inputs are rounded to at run time (see `static`). why: said in every listing."""
 
     match: str
     weight: Format | None
@@ -37,6 +43,11 @@ class Scheme:
     name: str
     rules: tuple[Rule, ...]
     fits: bool = False
+
+    @property
+    def static(self) -> bool:
+        """Whether it takes calibration to find the scales of inputs."""
+        return any(static(r.input) for r in self.rules)
 
     def decide(self, name: str, role: str, shape: tuple[int, ...]) -> Rule:
         """The rule for one weight, its group made to fit. Raises InputError if none matches, or a group that
@@ -137,6 +148,7 @@ class Mix:
     base: str
     better: tuple[tuple[str, Which, str], ...] = ()
     head: str = "q6_k"
+    static: ClassVar[bool] = False  # inputs stay as they are
 
     def on(self, parts: Sequence[Part]) -> Scheme:
         """The scheme for a model of these parts: a rule for each."""
@@ -210,6 +222,7 @@ SCHEMES: dict[str, Scheme] = {
         # SmolLM2), and a preset called lossless should be it
         _uniform("W8A16", "int8-g128", fits=True),
         _uniform("W8A8", "int8-channel", "int8-token"),
+        _uniform("W8A8_STATIC", "int8-channel", "int8-tensor"),
         _uniform("W4A16", "int4-g128", fits=True),
         _uniform("W4A16_ASYM", "uint4-g128", fits=True),
         _uniform("W4A8", "int4-g128", "int8-token", fits=True),
@@ -218,8 +231,11 @@ SCHEMES: dict[str, Scheme] = {
         _uniform("NF4", "nf4-g64"),
         _uniform("NF4_DQ", "nf4-g64-dq"),
         _uniform("FP4", "fp4-bnb-g64"),
+        _uniform("LLM_INT8", "int8-bnb"),
         _uniform("FP8", "fp8-e4m3-channel", "fp8-e4m3-token"),
         _uniform("FP8A16", "fp8-e4m3-channel"),
+        _uniform("NVFP4A16", "nvfp4"),
+        _uniform("MXFP4A16", "mxfp4"),
     )
 }
 

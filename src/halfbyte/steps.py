@@ -12,9 +12,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import nn
 
-from halfbyte import adapters, data, evaluate, layers, models, resume
+from halfbyte import adapters, data, evaluate, layers, models, observe, resume
 from halfbyte.errors import InputError
-from halfbyte.run import Run, attach_from, dequantize, disk_bytes, freeze, load, see_through, to_scheme
+from halfbyte.run import Run, attach_from, check_static, dequantize, disk_bytes, freeze, load, see_through, to_scheme
 from halfbyte.solvers import solver
 from halfbyte.train import TrainingArguments, train
 
@@ -66,6 +66,11 @@ class Adapt(Step):
     def __call__(self, run: Run) -> None:
         if adapters.attached(run.model):
             return  # the model was an adapter folder: training goes on with it
+        if run.notes.get("input_search"):
+            raise InputError(
+                "an adapter's folder has no place for the scales of inputs that this run found: save the quantized "
+                "model first, then train an adapter on its folder."
+            )
         if self.path is not None:
             attach_from(run, Path(self.path))
             return
@@ -87,7 +92,12 @@ class Grid(Step):
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        to_scheme(self.scheme, self.group_size)  # a misspelt one fails when the step is made, not at its turn
+        chosen = to_scheme(self.scheme, self.group_size)  # a misspelt one fails when the step is made, not at its turn
+        if chosen.static:  # scales of inputs would be those of the weights as they were before training
+            raise InputError(
+                f"{chosen.name} rounds inputs by scales that are found on text: train through a scheme that rounds by "
+                f"token, such as W8A8, then quantize the result to {chosen.name} with --calibration FILE."
+            )
         return self
 
     def __call__(self, run: Run) -> None:
@@ -103,21 +113,30 @@ class Dequantize(Step):
 
 class Freeze(Step):
     """Makes codes: by a scheme and a solver, or without a scheme each weight by its own grid. keep: weights that are
-    codes already stay as they are."""
+    codes already stay as they are. inputs: how the scales of static inputs are found on the calibration text, minmax,
+    percentile-P or mse. imatrix: a file of llama.cpp's, the importance of inputs, instead of calibration text."""
 
     scheme: Any = None
     keep: bool = False
     group_size: int | None = None
     solver: str = "rtn"
     calibration: Any = None
-    samples: int = 32
+    samples: Positive = 32
+    imatrix: str | Path | None = None
+    inputs: str = "minmax"
     on_block: Any = None
+    on_batch: Any = None
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        solver(self.solver)
+        by = solver(self.solver)
+        if self.imatrix is not None and (by.needs_data or self.scheme is None):
+            raise InputError(f"--imatrix {self.imatrix}: {by.name} takes none; --calibration FILE gives it more.")
+        if self.imatrix is not None and self.calibration is not None:
+            raise InputError("--imatrix or --calibration: both say which inputs matter; give one of them.")
+        observe.check(self.inputs)
         if self.scheme is not None:
-            to_scheme(self.scheme, self.group_size)
+            check_static(to_scheme(self.scheme, self.group_size), self.calibration)
         return self
 
     def __call__(self, run: Run) -> None:
@@ -130,12 +149,17 @@ class Freeze(Step):
             run.notes["stored"] = run.notes.pop("grid", None)
             return
         chosen, by = to_scheme(self.scheme, self.group_size), solver(self.solver)
-        freeze(run, chosen, by, self._batches(run), self.on_block or (lambda done, total: None), self.keep)
+        squares = None if self.imatrix is None else models.importance(run.model, self.imatrix)
+        told = {k: f for k, f in (("on_block", self.on_block), ("on_batch", self.on_batch)) if f is not None}
+        freeze(
+            run, chosen, by, self._batches(run), keep=self.keep, inputs=self.inputs, squares=squares, **told,
+        )  # fmt: skip
 
     def _batches(self, run: Run) -> list[data.Batch] | None:
         if self.calibration is None:
             return None
-        rows = data.encode(read(self.calibration), run.needs_tokenizer, evaluate.CONTEXT)
+        most = getattr(run.model.config, "max_position_embeddings", None) or evaluate.CONTEXT
+        rows = data.encode(read(self.calibration), run.needs_tokenizer, min(evaluate.CONTEXT, most))
         stream = data.batches(rows, 1, seed=run.seed, pad_token_id=pad_id(run))
         return [next(stream) for _ in range(min(self.samples, len(rows)))]
 

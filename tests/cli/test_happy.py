@@ -60,10 +60,27 @@ def test_quantize_needs_no_tokenizer_and_replaces_only_when_told(halfbyte, refus
     assert json.loads((out / "halfbyte.json").read_text())["stored"] == "W8A16"
 
 
-def test_rtn_says_that_it_needs_no_calibration(halfbyte, tiny_llama, tiny_data, tmp_path):
-    said = halfbyte("quantize", tiny_llama, "--to", "W8A16", "--calibration", tiny_data["text"], "-o", tmp_path / "out")
+@pytest.mark.parametrize("search", [None, "mse"])
+def test_quantize_with_static_inputs_then_export(halfbyte, tiny_llama, tiny_data, tmp_path, search):
+    more = ("--input-search", search) if search else ()
+    to = ("--to", "w8a8-static", "--calibration", tiny_data["text"], *more)
+    said = halfbyte("quantize", tiny_llama, *to, "-o", tmp_path / "out")
     assert said.status == 0, said.err
-    assert "--calibration is not used" in said.err
+    assert "is not used" not in said.err
+    assert json.loads((tmp_path / "out" / "halfbyte.json").read_text())["input_search"] == (search or "minmax")
+    for out in ("from-folder.onnx", "at-once.onnx"):
+        source = (tmp_path / "out",) if out == "from-folder.onnx" else (tiny_llama,)
+        verb = ("export", *source) if out == "from-folder.onnx" else ("quantize", *source, *to)
+        said = halfbyte(*verb, "-o", tmp_path / out, "--json")
+        assert said.status == 0, said.err
+        assert said.json["ledger"][0]["kl_mean"] < 1e-5
+    assert (tmp_path / "from-folder.onnx").read_bytes() == (tmp_path / "at-once.onnx").read_bytes()
+
+
+def test_a_search_for_scales_of_inputs_that_are_not_static_is_said_to_be_unused(halfbyte, tiny_llama, tmp_path):
+    said = halfbyte("quantize", tiny_llama, "--to", "W8A8", "--input-search", "mse", "-o", tmp_path / "out")
+    assert said.status == 0, said.err
+    assert "--input-search is not used: W8A8 has no scales of inputs to find." in said.err
 
 
 @pytest.mark.parametrize("method", METHODS)

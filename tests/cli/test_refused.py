@@ -170,7 +170,7 @@ def wide_llama(copied):
     return copied
 
 
-@pytest.mark.parametrize("scheme", ["q4_k", "nvfp4", "mxfp4"])
+@pytest.mark.parametrize("scheme", ["q4_k", "q4_0", "fp8-e5m2-channel"])
 def test_a_scheme_that_no_folder_holds_is_refused_before_the_work(
     refused, wide_llama, tiny_data, out, monkeypatch, scheme
 ):
@@ -181,6 +181,18 @@ def test_a_scheme_that_no_folder_holds_is_refused_before_the_work(
     for method in ("qat", "qat-lora", "scales"):
         data = ("--data", tiny_data["text"], "--method", method)
         refused("train", wide_llama, *data, "--to", scheme, "-o", out, words=words)
+
+
+def test_static_inputs_without_text_or_a_known_search(refused, tiny_llama, tiny_data, tmp_path, out):
+    to = ("--to", "W8A8_STATIC")
+    refused("quantize", tiny_llama, *to, "-o", out, words=("W8A8_STATIC", "needs --calibration FILE"))
+    refused("quantize", tiny_llama, *to, "-o", tmp_path / "m.onnx", words=("inputs of model", "add --calibration FILE"))
+    refused("export", tiny_llama, "--format", "W8A8_STATIC", "-o", tmp_path / "m.onnx", words="quantize first with it")
+    searched = (*to, "--calibration", tiny_data["text"], "--input-search", "median")
+    refused("quantize", tiny_llama, *searched, "-o", out, words=("'median'", "minmax, mse and percentile-P"))
+    step = ("--data", tiny_data["text"], *STEP, *to, "-o", out)
+    refused("train", tiny_llama, "--method", "qat", *step, words="train through a scheme that rounds by token")
+    refused("train", tiny_llama, "--method", "qlora", *step, words="needs --calibration FILE")
 
 
 def test_unknown_names(refused, training, tiny_llama, out):
@@ -321,7 +333,7 @@ def test_output_in_a_read_only_folder(refused, tiny_llama, tmp_path):
 
 
 class FullDisk:
-    """Stands in for save_file: the disk is full, as the system or as safetensors says it."""
+    """Stands in for what writes tensors: the disk is full, as the system or as safetensors says it."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -336,8 +348,9 @@ class FullDisk:
               RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")]
 )  # fmt: skip
 def test_no_space_left(quantizing, training, tiny_llama, monkeypatch, error):
-    for module in ("shards", "peft"):
-        monkeypatch.setattr(f"halfbyte.containers.{module}.save_file", FullDisk(error))
+    full = FullDisk(error)
+    monkeypatch.setattr("halfbyte.containers.peft.save_file", full)
+    monkeypatch.setattr("halfbyte.containers.shards._Shard.add", lambda shard, name, tensor: full(tensor, shard.path))
     quantizing(tiny_llama, "no space left on the disk")
     training("no space left on the disk")
     training("no space left on the disk", "--method", "full")
@@ -372,7 +385,7 @@ def test_adapter_whose_base_has_changed(refused, training, adapter, copied, tiny
 def test_merge_of_what_is_no_adapter(refused, tiny_llama, adapter, out):
     refused("merge", tiny_llama, "-o", out, words="has no adapter to merge")
     refused("merge", adapter, "-o", out, "--base", "new", words="trained or original")
-    refused("merge", adapter, "-o", out, "--to", "nvfp4", words="no folder layout")
+    refused("merge", adapter, "-o", out, "--to", "q4_0", words="no folder layout")
     refused("merge", adapter, "-o", out, "--to", "W4A17", words="did you mean W4A16")
 
 

@@ -57,6 +57,8 @@ def test_what_it_means(group, seed):
         ({"qweight": torch.zeros(63, 2, dtype=torch.int32)}, "2 groups do not divide its 63 inputs"),
         ({"qweight": torch.zeros(64, 3, dtype=torch.int32)}, "x.qweight should be int32 of the shape (64, 2)"),
         ({"qzeros": torch.zeros(2, 2)}, "x.qzeros should be int32"),
+        ({"qweight": torch.tensor(7).int()}, "x: its codes and scales should be matrices"),
+        ({"scales": torch.tensor(1.0).half()}, "x: its codes and scales should be matrices"),
     ],
 )
 def test_broken_tensors_are_refused(change, words):

@@ -1,11 +1,12 @@
 """Folders in bitsandbytes' layout, read and written, with transformers and the library as the other side."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -18,11 +19,13 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from halfbyte import kernels
+from halfbyte import kernels, models
 from halfbyte.containers import bitsandbytes as container
 from halfbyte.containers.shards import Shards, write_shards
 from halfbyte.errors import InputError
 from halfbyte.formats import FORMATS, parse
+from halfbyte.layers import Codes, ops
+from miniatures import folder, logits, quantized
 
 IDS = torch.arange(20).reshape(2, 10)
 NAMES = ["nf4-g64", "nf4-g32", "nf4-g64-dq", "fp4-bnb-g64"]
@@ -224,9 +227,116 @@ def test_a_kept_name_must_not_hide_a_quantized_module():
             container.config({"model.layers.0.down_proj": (q, None)}, [kept])
 
 
-def test_eight_bits_are_not_read():
-    with pytest.raises(InputError, match="load_in_8bit"):
-        container.formats({"load_in_8bit": True}, set(), {}.__getitem__)
+# ---- LLM.int8
+
+
+def eight_bit(path, name="llama-untied", dtype=torch.float16):
+    """A dense miniature, and the model that bitsandbytes makes of it."""
+    dense = folder(path, name, dtype)
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    theirs = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config, dtype=dtype).eval()
+    return dense, theirs, {n: m for n, m in theirs.named_modules() if isinstance(m, Linear8bitLt)}
+
+
+def codes(model):
+    return {n: op.weight.stored.q for n, op in ops(model) if isinstance(op.weight.stored, Codes)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_an_8_bit_folder_written_by_bitsandbytes_is_read_with_the_same_codes(tmp_path, dtype):
+    _, theirs, layers = eight_bit(tmp_path / "dense", dtype=dtype)
+    theirs.save_pretrained(tmp_path / "8bit")
+    loaded = models.load(tmp_path / "8bit")
+    found, shards = codes(loaded.model), Shards.of_folder(tmp_path / "8bit")
+    assert found.keys() == layers.keys()
+    for name, q in found.items():
+        assert (q.format.name, q.dtype) == ("int8-bnb", dtype)
+        held = layers[name].weight
+        meant = int8_vectorwise_dequant(held.data, held.SCB)  # which multiplies by 1/127 last
+        torch.testing.assert_close(replace(q, dtype=torch.float32).dequantize(), meant, rtol=2**-21, atol=0)
+        for key, t in container.encode(name, q).items():
+            assert torch.equal(t, shards.get(key)), key
+    (tmp_path / "again").mkdir()
+    models.save(loaded, tmp_path / "again")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(theirs))
+
+
+@pytest.mark.parametrize("name", ["llama-untied", "llama", "gpt2"])
+def test_what_we_write_in_8_bits_is_what_bitsandbytes_makes_of_the_same_weights(tmp_path, name):
+    dense, theirs, layers = eight_bit(tmp_path / "dense", name)
+    made = quantized(dense, "LLM_INT8")
+    (tmp_path / "out").mkdir()
+    assert models.save(made.loaded, tmp_path / "out") is container
+    for layer, q in codes(made.model).items():
+        ours, held = container.encode(layer, q), layers[layer].weight
+        assert torch.equal(ours[f"{layer}.SCB"], held.SCB)
+        other = ours[f"{layer}.weight"] != held.data
+        weight = models.load(dense).model.get_submodule(layer).weight.base().double()
+        steps = (weight * 127 / held.SCB.double()[:, None])[other]
+        assert torch.equal(steps - steps.floor(), torch.full_like(steps, 0.5))  # ties, which fp32 puts on either side
+        assert other.float().mean() < 1e-3
+        held.data.copy_(ours[f"{layer}.weight"])  # so that the logits can be held against each other
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert len([m for m in again.modules() if isinstance(m, Linear8bitLt)]) == len(layers)
+    assert torch.equal(logits(again), logits(theirs))
+    assert torch.equal(logits(models.load(tmp_path / "out").model), logits(made.model))
+
+
+def test_the_reader_rounds_inputs_to_8_bits_and_nothing_else(tmp_path):
+    """So its logits differ from ours as those of weights and inputs in 8 bits do."""
+    dense, theirs, _ = eight_bit(tmp_path / "dense")
+    ours, reader = logits(quantized(dense, "LLM_INT8").model).float(), logits(theirs).float()
+    rounded = logits(quantized(dense, "W8A8").model).float()
+    assert 0 < (reader - ours).norm() < 1.5 * (rounded - ours).norm()
+
+
+def test_the_8_bit_config_is_that_of_transformers():
+    q = kernels.quantize(torch.randn(4, 64), "int8-bnb")
+    theirs = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
+    assert container.config({"a": (q, None)}, ["lm_head"]) == json.loads(json.dumps(theirs.to_dict()))
+    with pytest.raises(InputError, match="8 bits or of 4"):
+        container.config({"a": (q, None), "b": (kernels.quantize(torch.randn(4, 64), "nf4-g64"), None)}, [])
+
+
+@given(st.integers(0, 2**32))
+def test_the_largest_of_a_row_is_kept_to_the_bit(seed):
+    """Any that bitsandbytes finds: it looks in float16."""
+    generator = torch.Generator().manual_seed(seed)
+    largest = (torch.rand(64, generator=generator) * 2 ** torch.randint(-14, 15, (64,), generator=generator)).half()
+    tensors = {
+        "a.weight": torch.randint(-127, 128, (64, 32), dtype=torch.int8, generator=generator),
+        "a.SCB": largest.float(),
+        "a.weight_format": torch.tensor(0, dtype=torch.uint8),
+    }
+    q = container.decode("a", FORMATS["int8-bnb"], (64, 32), tensors.__getitem__, {"dtype": torch.float16})
+    again = container.encode("a", q)
+    assert all(torch.equal(again[k], t) for k, t in tensors.items())
+    value = tensors["a.weight"].double() * tensors["a.SCB"].double()[:, None] / 127
+    torch.testing.assert_close(replace(q, dtype=torch.float32).dequantize().double(), value, rtol=2**-22, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"SCB": torch.ones(3)}, "a.SCB should be float32 of the shape"),
+        ({"SCB": torch.ones(4, 1)}, "a.SCB should be float32 of the shape"),
+        ({"SCB": torch.ones(4).half()}, "a.SCB should be float32"),
+        ({"weight": torch.zeros(4, 63, dtype=torch.int8)}, "a.weight should be int8"),
+        ({"weight": torch.zeros(4, 64, dtype=torch.uint8)}, "a.weight should be int8"),
+        ({"weight": None}, "missing"),
+        ({"weight_format": torch.tensor(1, dtype=torch.uint8)}, "order of a GPU"),
+        ({"weight_format": torch.zeros(2, dtype=torch.uint8)}, "order of a GPU"),
+    ],
+)
+def test_broken_8_bit_tensors_are_refused(change, said):
+    good = container.encode("a", kernels.quantize(torch.randn(4, 64), "int8-bnb"))
+    tensors = good | {f"a.{n}": t for n, t in change.items()}
+    with pytest.raises(InputError, match=said):
+        read({n: t for n, t in tensors.items() if t is not None}, load_in_8bit=True)
+
+
+def test_weights_without_constants_are_not_in_8_bits():
+    assert container.formats({"load_in_8bit": True}, {"a.weight"}, {}.__getitem__) == {}
 
 
 # ---- hostile files
@@ -243,7 +353,7 @@ def as_bytes(text: str | bytes) -> torch.Tensor:
     return torch.tensor(list(data), dtype=torch.uint8)
 
 
-def read(tensors: dict[str, torch.Tensor]) -> None:
+def read(tensors: dict[str, torch.Tensor], **config) -> None:
     """Formats, then decode, as a loader does, with a reader that raises what Shards raises."""
 
     def get(name: str) -> torch.Tensor:
@@ -251,7 +361,7 @@ def read(tensors: dict[str, torch.Tensor]) -> None:
             raise InputError(f"the tensor {name!r} is missing.")
         return tensors[name]
 
-    for name, (f, _) in container.formats({}, set(tensors), get).items():
+    for name, (f, _) in container.formats(config, set(tensors), get).items():
         container.decode(name, f, (4, 64), get).dequantize()
 
 
@@ -277,7 +387,7 @@ def test_a_state_that_is_no_json_object(text):
         ({"blocksize": 63}, "blocksize of 63"),
         ({"blocksize": 0}, "blocksize of 0"),
         ({"blocksize": -64}, "blocksize of -64"),
-        ({"blocksize": "64"}, "blocksize of 64"),
+        ({"blocksize": "64"}, "blocksize of '64'"),
         ({"blocksize": True}, "blocksize of True"),
         ({"blocksize": {}}, "blocksize of {}"),
         ({"blocksize": 32}, "absmax"),

@@ -2,8 +2,6 @@
 
 import struct
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,32 +9,9 @@ from hypothesis import strategies as st
 
 from halfbyte import InputError
 from halfbyte.containers import imatrix
+from matrices import as_gguf, entries
 
-SQUARES = {"blk.0.attn_q.weight": torch.rand(64), "blk.0.ffn_down.weight": torch.rand(96)}
-
-
-def entries(squares, calls=7):
-    """The older layout: sums over calls."""
-    out = struct.pack("<i", len(squares))
-    for name, s in squares.items():
-        out += struct.pack("<i", len(name)) + name.encode() + struct.pack("<ii", calls, len(s))
-        out += (s * calls).numpy().tobytes()
-    return out + struct.pack("<ii", 3, 4) + b"text"
-
-
-def as_gguf(path, squares, count=50.0, experts=1, counts=True):
-    """By the gguf package's own writer."""
-    writer = gguf.GGUFWriter(path, "none")
-    writer.add_string("general.type", "imatrix")
-    for name, s in squares.items():
-        writer.add_tensor(f"{name}.in_sum2", np.tile((s * count).numpy(), (experts, 1)))
-        if counts:
-            writer.add_tensor(f"{name}.counts", np.full((experts, 1), count, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+SQUARES = {"blk.0.attn_q.weight": torch.linspace(0, 2, 64), "blk.0.ffn_down.weight": torch.linspace(1, 0, 96)}
 
 
 def test_both_layouts_give_mean_squares(tmp_path):
@@ -70,6 +45,7 @@ def test_experts_and_weights_that_saw_nothing_are_left_out(tmp_path):
         (entries({"a": torch.tensor([-1.0])}), "mean squares"),
         (struct.pack("<i", 0), "no weight"),
     ],
+    ids=["empty", "a huge count", "a negative name", "a huge name", "truncated", "nan", "negative", "no entries"],
 )
 def test_what_is_none_is_refused_with_its_name(tmp_path, data, says):
     path = tmp_path / "imatrix.dat"

@@ -86,7 +86,7 @@ def test_no_single_code_can_be_moved_to_advantage_afterwards(rows, groups, seed,
 
 
 def test_other_scales_keep_the_codes():
-    w, p, h = case("int4-g64")
+    w, p, _ = case("int4-g64")
     q = kernels.quantize(w, "int4-g64", p)
     twice = proxy.with_qparams(q, type(p)(p.scale * 2, p.zero))
     assert torch.equal(twice.codes, q.codes)

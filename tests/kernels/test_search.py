@@ -114,6 +114,18 @@ def test_absmax_covers_both_sides_evenly():
     assert kernels.quantize(w, "int4-g4", p).codes.tolist() == [[15, 0, 11, 8]]
 
 
+def test_restricted_leaves_the_lowest_integer_alone():
+    w = torch.tensor([[-7.0, 3.5, 1.0, 0.0]])
+    p = kernels.qparams(w, "int4-g4", "restricted")
+    assert p.scale.item() == 1.0
+    assert kernels.quantize(w, "int4-g4", p).codes.tolist() == [[1, 12, 9, 8]]
+
+
+def test_a_power_of_two_is_the_least_that_covers_the_range():
+    w = torch.tensor([[448.0, 1.0], [449.0, 0.0], [-224.0, 3.0], [0.0, 0.0]])
+    assert kernels.qparams(w, "fp8-e4m3-channel", "power-of-two").scale.flatten().tolist() == [1.0, 2.0, 0.5, 1.0]
+
+
 def test_percentiles_clip():
     w = torch.arange(1, 1001.0)[None]
     p = kernels.qparams(w, "int8-channel", "percentile-90")

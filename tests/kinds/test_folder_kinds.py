@@ -14,18 +14,10 @@ from halfbyte.containers.shards import Shards
 from halfbyte.errors import InputError
 from halfbyte.layers import Codes, ops
 from halfbyte.model import load
-from miniatures import folder, logits
+from miniatures import logits
 
 TEXT = data.records([{"text": "The quick brown fox jumps over the lazy dog. " * 8}])
 EXACT = 1e-6  # mean KL: the reader's float32 products in another order
-
-
-@pytest.fixture
-def base(tmp_path):
-    tokenizer = miniatures.bpe()
-    path = folder(tmp_path / "base", "llama", vocab_size=len(tokenizer))
-    tokenizer.save_pretrained(path)
-    return path
 
 
 def exported(base, out, name, format=None, dtype=None, proof=True, requantize=False):
@@ -45,6 +37,42 @@ def test_its_library_reads_what_we_do(base, tmp_path, name, format):
     assert abs(ours["kl_mean"]) < EXACT
     assert before["kl_mean"] < 0.01
     assert [r["stage"] for r in json.loads((tmp_path / "out" / "ledger.json").read_text())] == [s for s, _ in done.rows]
+
+
+@pytest.mark.parametrize(("name", "format"), [("hf", "F16"), ("compressed-tensors", "W4A16"), ("bitsandbytes", "NF4")])
+def test_floats_stay_on_disk_until_they_are_written(base, tmp_path, name, format):
+    kind = kinds.KINDS[name]
+    job = export.prepare(export.read(base), kind, format, False)
+    (tmp_path / "out").mkdir()
+    kind.write(job, tmp_path / "out")
+    assert all(p.device.type == "meta" for p in job.loaded.model.parameters())
+    there = load(tmp_path / "out")
+    here = load(base, "float16") if format == "F16" else load(base).quantize(format)
+    assert torch.equal(logits(there.model), logits(here.model))
+    assert {p.dtype for p in there.model.parameters()} == {p.dtype for p in here.model.parameters()}
+
+
+def test_codes_become_floats_of_the_dtype_that_is_asked_for(base, tmp_path):
+    load(base, "bfloat16").quantize("W4A16").save(tmp_path / "small")
+    exported(tmp_path / "small", tmp_path / "out", "hf", "F16", requantize=True)
+    shards = Shards.of_folder(tmp_path / "out")
+    assert {shards.dtype(n) for n in shards} == {torch.float16}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
+
+
+@pytest.mark.parametrize(
+    ("format", "value", "words"),
+    [("W4A16", float("nan"), "up_proj.weight holds NaN or infinity, which has no code in int4-g64"),
+     ("F16", 1e6, r"up_proj.weight: its largest value, 1e\+06, is more than torch.float16 holds; use BF16")],
+)  # fmt: skip
+def test_values_that_cannot_be_written_are_refused(base, tmp_path, format, value, words):
+    made = load(base)
+    with torch.no_grad():
+        dict(ops(made.model))["model.layers.1.mlp.up_proj"].weight.base()[0, 0] = value
+    made.save(tmp_path / "odd")
+    with pytest.raises(InputError, match=words):
+        exported(tmp_path / "odd", tmp_path / "out", "hf" if format == "F16" else "compressed-tensors", format)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "odd"]
 
 
 def test_what_inputs_are_rounded_to_is_written(base, tmp_path):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
+from tokenizers import processors
+from transformers import LlamaConfig
 
 import miniatures
 from halfbyte import export, kinds, models
@@ -63,6 +66,58 @@ def test_the_real_one():
     assert text.endswith('PARAMETER stop "<|im_end|>"\n')
 
 
+def test_the_token_that_begins_a_text_is_left_to_ollama():
+    """Where the tokenizer puts it in front of every text, ollama does, and the Modelfile must not again."""
+    tokenizer = miniatures.bpe()
+    tokenizer.chat_template = LLAMA3
+    assert ollama.as_given(tokenizer).start == ollama.template_of(tokenizer).start == "<|im_start|>"
+    begin(tokenizer)
+    assert ollama.as_given(tokenizer).start == ""
+    assert 'TEMPLATE """{{- range' in ollama.modelfile(tokenizer)
+
+
+def begin(tokenizer):
+    """Makes a tokenizer put its first token in front of every text."""
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "begins", "words"),
+    [
+        (LLAMA3, False, ["the Modelfile's template keeps texts as they are, where the model's own does not: spaces"]),
+        (CHATML, True, ["ollama puts <|im_start|> in front of conversations too"]),
+        (CHATML + "{% if tools %}{% endif %}", False, ["the Modelfile's template has no place for tools"]),
+    ],
+)
+def test_what_a_modelfile_does_otherwise_is_said(template, begins, words):
+    tokenizer = miniatures.bpe()
+    tokenizer.chat_template = template.replace("<|im_start|>", "<H>") if begins else template
+    if begins:
+        begin(tokenizer)
+    said = ollama.remarks(kinds.Job(SimpleNamespace(config=LlamaConfig(), tokenizer=tokenizer)))
+    assert [w for w, s in zip(words, said[1:], strict=True) if s.startswith(w)] == words
+
+
+@pytest.mark.readers
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("template", [CHATML, LLAMA3])
+def test_llama_cpp_makes_the_same_tokens_of_it(tmp_path, template, begins):
+    tokenizer = miniatures.bpe()
+    tokenizer.chat_template = template
+    if begins:
+        begin(tokenizer)
+    base = miniatures.folder(tmp_path / "base", words=tokenizer)
+    job, kind = kinds.Job(models.load(base)), kinds.KINDS["ollama"]
+    (tmp_path / "out").mkdir()
+    kind.write(job, tmp_path / "out")
+    reader = kind.open(tmp_path / "out", 64)
+    assert kind.differs(reader, job.loaded) is None
+    job.loaded.tokenizer.chat_template = template + " "
+    assert "a conversation of one turn otherwise" in (kind.differs(reader, job.loaded) or "")
+
+
 @pytest.mark.parametrize(
     "template",
     [
@@ -78,10 +133,7 @@ def test_templates_that_cannot_be_said_are_refused(template):
         ollama.template_of(tokenizer)
 
 
-def test_the_folder(tmp_path):
-    tokenizer = miniatures.bpe()
-    base = miniatures.folder(tmp_path / "base", "llama", vocab_size=len(tokenizer))
-    tokenizer.save_pretrained(base)
+def test_the_folder(base, tmp_path):
     kind = kinds.KINDS["ollama"]
     job = export.prepare(export.read(base), kind, "Q8_0", False)
     export.export(base, job, kind, tmp_path / "out", None)

@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper
 
 import miniatures
 from halfbyte import data, export, kernels, kinds, models
-from halfbyte.errors import InputError
+from halfbyte.errors import BudgetExceeded, InputError
 from halfbyte.formats import parse
 from halfbyte.kinds import onnx as kind
 from halfbyte.layers import Codes, Linear, ops
@@ -270,9 +270,7 @@ def test_bfloat16_becomes_float32(tmp_path):
 
 @pytest.mark.parametrize(("format", "to"), [("W4A16", None), ("W8A8", None), (None, torch.bfloat16), ("F16", None)])
 def test_the_file_is_measured(tmp_path, format, to):
-    tokenizer = miniatures.bpe()
-    base = miniatures.folder(tmp_path / "base", "qwen3", to or torch.float32, vocab_size=len(tokenizer))
-    tokenizer.save_pretrained(base)
+    base = miniatures.folder(tmp_path / "base", "qwen3", to or torch.float32, words=miniatures.bpe())
     job = export.prepare(export.read(base), kinds.kind(None, tmp_path / "m.onnx"), format, False)
     done = export.export(base, job, kind, tmp_path / "m.onnx", export.Proof(TEXT, 2, 64))
     (ours, first), (before, second) = done.rows
@@ -331,10 +329,197 @@ def test_what_the_graph_cannot_say_is_refused_before_the_work(tmp_path, name, ow
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
-def test_large_models_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_graph, "LARGEST", 300_000)
-    with pytest.raises(InputError, match=r"its weights take 0.0 GB, and one .onnx file holds 0.0"):
-        made(tmp_path)
+# ---- static inputs
+
+
+def rules(input):
+    return [{"match": "@embedding"}, {"match": "@head"}, {"match": ".*", "weight": "int8-channel", "input": input}]
+
+
+def static(path, input="int8-tensor", dtype=torch.float32, name="llama", **own):
+    """The folder of a miniature that was calibrated, and the job of exporting it."""
+    base = miniatures.folder(path / "base", name, dtype, words=True, **{**WEAK, **own})
+    to = "W8A8_STATIC" if input == "int8-tensor" else rules(input)
+    (path / "small").mkdir()
+    miniatures.calibrated(base, to).write(path / "small", "small")
+    return path / "small", export.prepare(export.read(path / "small"), kind, None, False)
+
+
+def optimized(path):
+    """What onnxruntime makes of a file: (the operator, its inputs' types) of each node."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(path.with_suffix(".opt")), 3
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return [n.op_type for n in onnx.load(path.with_suffix(".opt")).graph.node]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "gpt2"])
+@pytest.mark.parametrize("input", ["int8-tensor", "uint8-tensor"])
+def test_static_inputs(tmp_path, name, input):
+    """GPT-2, which compressed-tensors does not hold, is exported from memory."""
+    if name == "gpt2":
+        base = miniatures.folder(tmp_path / "base", name, words=True, **WEAK)
+        made = miniatures.calibrated(base, "W8A8_STATIC" if input == "int8-tensor" else rules(input))
+        small, job = None, export.prepare(made.loaded, kind, None, False)
+    else:
+        small, job = static(tmp_path, input, name=name)
+    reader = opened(job, tmp_path)
+    agree(logits(reader), logits(kind.ours(job).model), "W8A8")
+    if small is not None:
+        agree(logits(reader), logits(load(small).model), "W8A8")
+
+
+def test_static_products_are_those_of_integers(tmp_path):
+    """All that have static inputs, also where several share them, as q, k and v do."""
+    small, job = static(tmp_path)
+    opened(job, tmp_path)
+    nodes = optimized(tmp_path / "m.onnx")
+    assert nodes.count("MatMulIntegerToFloat") == 14
+    assert nodes.count("QuantizeLinear") == 8  # a block: before attention, its output, before the MLP, its product
+    assert "DequantizeLinear" not in nodes
+    there = initializers(tmp_path / "m.onnx")
+    for name, op in ops(models.load(small).model):
+        if isinstance(op, Linear) and op.input:
+            q, codes = op.weight.frozen(), there[f"{name}.codes"]
+            assert codes.dtype == torch.int8
+            assert torch.equal((codes.T.short() + 128).to(torch.uint8), q.codes)
+            assert torch.equal(there[f"{name}.scale"], q.qparams.scale.flatten())
+            assert any(t.shape == () and torch.equal(t, op.input_scale[0]) for t in there.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("input", ["int8-tensor", "uint8-tensor"])
+def test_one_static_product(tmp_path, input, dtype):
+    """To float rounding, clipped inputs among them."""
+    _, job = static(tmp_path, input, dtype)
+    graph, name = onnx_saving.Graph(dtype), "model.layers.0.mlp.up_proj"
+    weights = onnx_weights.Weights(graph, job.loaded, job.formats, False)
+    graph.inputs.append(helper.make_tensor_value_info("x", onnx_saving.TYPES[dtype], ("rows", "tokens", 64)))
+    graph.outputs.append(helper.make_tensor_value_info("y", onnx_saving.TYPES[dtype], None))
+    graph("Identity", weights.linear(name, "x"), output="y")
+    graph.write(tmp_path / "m.onnx")
+    op = dict(ops(job.loaded.model))[name]
+    x = (torch.randn(2, 50, 64) * 1.5).to(dtype)
+    x[0, :3] = torch.tensor([0, 1e3, -1e3])[:, None]
+    (y,) = onnxruntime.InferenceSession(tmp_path / "m.onnx").run(None, {"x": x.numpy()})
+    with torch.no_grad():
+        wanted = op(x).float()
+    error = (torch.from_numpy(y).float() - wanted).norm(dim=-1)
+    assert (error <= (1e-6 if dtype == torch.float32 else 1e-3) * wanted.norm(dim=-1)).all()
+
+
+def test_ops_that_share_inputs_may_have_scales_of_their_own(tmp_path):
+    _, job = static(tmp_path)
+    key = dict(ops(job.loaded.model))["model.layers.0.self_attn.k_proj"]
+    key.input_scale *= 0.2
+    reader = opened(job, tmp_path)
+    assert optimized(tmp_path / "m.onnx").count("QuantizeLinear") == 9
+    agree(logits(reader), logits(kind.ours(job).model), "W8A8")
+
+
+def test_a_float_model_is_calibrated_before_it_is_exported(tmp_path):
+    """At once, or refused before anything is written."""
+    base = miniatures.folder(tmp_path / "base", words=True, **WEAK)
+    job = export.job(base, kind, "W8A8_STATIC", False)
+    with pytest.raises(InputError, match=r"no scale for the inputs of model.* found on text: add --calibration FILE"):
+        export.export(base, job, kind, tmp_path / "m.onnx", None)
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+    found = export.Found(calibration=TEXT, inputs="mse")
+    job = export.job(base, kind, "W8A8_STATIC", False, found)
+    done = export.export(base, job, kind, tmp_path / "m.onnx", export.Proof(TEXT, 2, 64))
+    assert abs(done.rows[0][1]["kl_mean"]) < 1e-6
+    assert 0 < done.rows[1][1]["kl_mean"] < 0.02
+
+
+def test_static_inputs_become_floats_when_asked(tmp_path):
+    small, _ = static(tmp_path)
+    job = export.prepare(export.read(small), kind, "F32", True)
+    reader, ours = opened(job, tmp_path), kind.ours(job)
+    assert not any(isinstance(op, Linear) and op.input for _, op in ops(ours.model))
+    close(logits(reader), logits(ours.model), 1e-3)
+
+
+def test_what_static_inputs_ask_of_readers_is_said(tmp_path):
+    _, job = static(tmp_path)
+    assert [r for r in kind.remarks(job) if "session.x64quantprecision is set to 1" in r]
+
+
+@pytest.mark.parametrize(
+    ("weight", "input", "words"),
+    [
+        ("int4-g32", "int8-tensor", "multiplied with int8-channel alone, not with int4-g32"),
+        ("int8-channel", "int4-tensor", "only int8-token, int8-tensor and uint8-tensor are written"),
+        ("int8-channel", "fp8-e4m3-tensor", "only int8-token, int8-tensor and uint8-tensor are written"),
+        ("int8-channel", "uint8-token", "only int8-token, int8-tensor and uint8-tensor are written"),
+    ],
+)
+def test_other_inputs_are_refused(weight, input, words):
+    assert words in onnx_weights.refuses(parse(weight), 64, parse(input))
+
+
+# ---- more weights than a file holds
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Files that hold less than a miniature."""
+    monkeypatch.setattr(onnx_saving, "LARGEST", 50_000)
+
+
+@pytest.mark.parametrize("format", [None, "F16", "W4A16_ASYM", "W8A8"])
+@pytest.mark.usefixtures("narrow")
+def test_weights_in_a_second_file(tmp_path, format):
+    """The same bytes, each weight at a page of its own."""
+    _, job = made(tmp_path, format=format, **WEAK)
+    job.loaded.checkpoint.materialize(job.loaded.model, torch.float32)
+    found = logits(opened(job, tmp_path))
+    outside = {t.name: t for t in onnx.load(tmp_path / "m.onnx", load_external_data=False).graph.initializer}
+    entries = {n: {e.key: e.value for e in t.external_data} for n, t in outside.items() if t.external_data}
+    assert {e["location"] for e in entries.values()} == {"m.onnx.data"}
+    assert not any(int(e["offset"]) % 4096 for e in entries.values())
+    assert (tmp_path / "m.onnx").stat().st_size < 60_000
+    graph = onnx_graph.build(job.loaded, job.formats, job.floats)
+    graph.largest = 10**9
+    graph.write(tmp_path / "one.onnx")
+    assert sorted(p.name for p in tmp_path.glob("*.data")) == ["m.onnx.data"]
+    one, two = initializers(tmp_path / "one.onnx"), initializers(tmp_path / "m.onnx")
+    assert one.keys() == two.keys()
+    assert len(entries) == sum(len(heads) for heads, _ in graph.weights)
+    assert all(torch.equal(one[n], two[n]) for n in one)
+    assert torch.equal(found, logits(kind.open(tmp_path / "one.onnx", 64)))
+
+
+@pytest.mark.usefixtures("narrow")
+def test_both_files_are_measured_and_replaced_together(tmp_path, monkeypatch):
+    tokenizer = miniatures.bpe()
+    base = miniatures.folder(tmp_path / "base", "qwen3", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(base)
+    out = tmp_path / "m.onnx"
+
+    def write(format, overwrite=True, proof=None):
+        job = export.job(base, kind, format, False)
+        return export.export(base, job, kind, out, proof, overwrite)
+
+    done = write("W4A16", False, export.Proof(TEXT, 2, 64))
+    assert abs(done.rows[0][1]["kl_mean"]) < 1e-6
+    assert done.rows[0][1]["bytes"] == out.stat().st_size + (tmp_path / "m.onnx.data").stat().st_size
+    assert any("NAME.data" in r for r in kind.remarks(export.job(base, kind, None, False)))
+    there = sorted(p.name for p in tmp_path.iterdir())
+    assert there == ["base", "m.ledger.json", "m.onnx", "m.onnx.data"]
+    before = {p: p.read_bytes() for p in (out, tmp_path / "m.onnx.data")}
+    with pytest.raises(InputError, match="--overwrite"):
+        write("W8A16", False)
+    with pytest.raises(BudgetExceeded):
+        write("W8A16", True, export.Proof(TEXT, 2, 64, max_kl=-1.0))
+    assert {p: p.read_bytes() for p in before} == before
+    write("W8A16")
+    assert sorted(p.name for p in tmp_path.iterdir()) == there
+    assert all(p.read_bytes() != bytes_ for p, bytes_ in before.items())
+    kind.open(out, 64)
+    monkeypatch.setattr(onnx_saving, "LARGEST", 10**9)
+    write("W8A16")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "m.ledger.json", "m.onnx"]
+    kind.open(out, 64)
 
 
 def test_parameters_without_a_place_are_refused(tmp_path):

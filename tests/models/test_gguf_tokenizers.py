@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
+from transformers import GenerationConfig
 
 import miniatures
 from halfbyte.containers import gguf as container
@@ -72,6 +73,40 @@ def test_an_added_token_that_is_not_special_is_matched_whole(tmp_path):
     assert said["tokenizer.ggml.token_type"][think] == 4
     assert again("a<think>b").input_ids == made("a<think>b").input_ids
     assert think in again("a<think>b").input_ids
+
+
+@pytest.mark.parametrize(
+    ("template", "stops", "said"),
+    [
+        ("...</s>", None, {"eos": 2, "eot": 2}),
+        ("...</s>", 2, {"eos": 2, "eot": 2}),
+        ("...<think>", 2, {"eos": 2}),  # a token, but no special one
+        ("...<end> </s>", [2, 1, 5], {"eos": 2, "eot": "<end>", "eom": 1}),
+        ("...", [2, "<end>"], {"eos": 2, "eom": "<end>"}),
+        ("", [1 << 20, -1, 2], {"eos": 2}),
+    ],
+)
+def test_the_ends_of_an_answer(tmp_path, template, stops, said):
+    made = miniatures.bpe()
+    made.add_tokens([AddedToken("<end>", special=True, normalized=False)])
+    end = template.replace("</s>", "<|im_end|>")
+    made.chat_template = end and "{% for m in messages %}{{ m.content }}" + end + "{% endfor %}"
+    ids = {"<end>": made.convert_tokens_to_ids("<end>")}
+    given = [ids.get(i, i) for i in stops] if isinstance(stops, list) else stops
+    generation = GenerationConfig(eos_token_id=given)
+    found = gguf_tokenizer.metadata(made, len(made), generation)
+    assert {k: v for k in ("eos", "eot", "eom") if (v := found.get(f"tokenizer.ggml.{k}_token_id")) is not None} == {
+        k: ids.get(i, i) for k, i in said.items()
+    }
+
+
+def test_several_templates_by_name(tmp_path):
+    made = miniatures.bpe()
+    made.chat_template = named = {"default": made.chat_template, "tool_use": "{{ tools }}", "rag": "{{ documents }}"}
+    again, said = through(tmp_path, made)
+    assert said["tokenizer.chat_templates"] == ["tool_use", "rag"]
+    assert said["tokenizer.chat_template"] == named["default"]
+    assert again.chat_template == named
 
 
 def test_the_names_of_one_split_are_all_read():

@@ -231,3 +231,33 @@ def test_code_in_the_folder_is_never_run(tmp_path):
     rewrite(path, lambda t: None, auto_map={"AutoModelForCausalLM": "modeling.M", "AutoConfig": "modeling.C"})
     models.load(path)  # a known architecture needs none of it
     assert not (tmp_path / "ran").exists()
+
+
+def test_what_ends_an_answer_is_kept(tmp_path):
+    """Of a folder's generation config too, which may name more tokens than the config does."""
+    path = folder(tmp_path / "m")
+    said = json.loads((path / "generation_config.json").read_text())
+    (path / "generation_config.json").write_text(json.dumps({**said, "eos_token_id": [2, 5], "top_k": 20}))
+    loaded = models.load(path)
+    assert loaded.model.generation_config.eos_token_id == [2, 5]
+    (tmp_path / "again").mkdir()
+    models.save(loaded, tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert (again["eos_token_id"], again["top_k"]) == ([2, 5], 20)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"eos_token_id": {}, "max_new_tokens": -1}'])
+def test_a_generation_config_that_cannot_be_used(tmp_path, text):
+    path = folder(tmp_path / "m")
+    (path / "generation_config.json").write_text(text)
+    with pytest.raises(InputError, match=r"generation_config\.json"):
+        models.load(path)
+
+
+@pytest.mark.parametrize("layers", [2**64, 10**6, 2**31])
+def test_more_layers_than_there_are_tensors_are_not_made(tmp_path, layers):
+    path = folder(tmp_path / "m")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers, "layer_types": None}))
+    with pytest.raises(InputError, match=r"config\.json"):
+        models.load(path)

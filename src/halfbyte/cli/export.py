@@ -6,7 +6,22 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli.console import Dtype, Json, ModelArgument, NoVerify, Output, Overwrite, Revision, emit, progress, say
+from halfbyte.cli.console import (
+    Calibration,
+    Dtype,
+    Imatrix,
+    Json,
+    ModelArgument,
+    NoVerify,
+    Output,
+    Overwrite,
+    Revision,
+    Samples,
+    SolverName,
+    emit,
+    progress,
+    say,
+)
 
 
 def command(
@@ -21,12 +36,17 @@ def command(
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Codes on another grid may be rounded again.")
     ] = False,
+    solver: SolverName = "rtn",
+    calibration: Calibration = None,
+    samples: Samples = 32,
+    imatrix: Imatrix = None,
     data: Annotated[
         str | None, typer.Option(help="What it is measured on; Python's own reference if left out.")
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens of it.")] = 4,
     max_kl: Annotated[
-        float | None, typer.Option(help="Exit 3 if the reader's logits are further from ours; 0.02, W8A8 0.1.")
+        float | None,
+        typer.Option(help="Exit 3 if the reader's logits are further from ours; 0.02, W8A8 0.1, LoRA 0.001."),
     ] = None,
     no_verify: NoVerify = False,
     dtype: Dtype = None,
@@ -42,15 +62,10 @@ def command(
     from halfbyte.run import disk_bytes, parse_dtype
 
     target = kind(to, output)
-    check_free(output, overwrite, model, data)
+    check_free(output, overwrite, model, data, calibration, imatrix)
     records = None if data is None else read_records(data)
-    job = export.prepare(
-        export.read(model, parse_dtype(dtype), revision, target.ADAPTERS),
-        target,
-        format,
-        requantize,
-        say,
-    )
+    found = export.Found(solver, calibration, samples, imatrix)
+    job = export.job(model, target, format, requantize, found, parse_dtype(dtype), revision, say, progress("block"))
     job.on_tensor = progress("tensor")
     proof = None if no_verify else export.Proof(records, windows, max_kl=max_kl)
     done = export.export(model, job, target, output, proof, overwrite, say)

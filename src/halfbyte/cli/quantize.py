@@ -8,14 +8,18 @@ from typing import Annotated, Any
 import typer
 
 from halfbyte.cli.console import (
+    Calibration,
     Dtype,
     GroupSize,
+    Imatrix,
     Json,
     ModelArgument,
     NoVerify,
     Output,
     Overwrite,
     Revision,
+    Samples,
+    SolverName,
     emit,
     progress,
     say,
@@ -28,8 +32,13 @@ def command(
     to: Annotated[str, typer.Option(help="W8A16, W4A16, NF4, Q4_K_M ..., or a format's name such as int4-g64.")],
     output: Output,
     group_size: GroupSize = None,
-    solver: Annotated[str, typer.Option(help="How codes are found.")] = "rtn",
-    calibration: Annotated[str | None, typer.Option(help="Text for solvers that need some.")] = None,
+    solver: SolverName = "rtn",
+    calibration: Calibration = None,
+    samples: Samples = 32,
+    imatrix: Imatrix = None,
+    input_search: Annotated[
+        str | None, typer.Option(help="How W8A8_STATIC finds scales of inputs: minmax, percentile-99.99, mse.")
+    ] = None,
     no_verify: NoVerify = False,
     dtype: Dtype = None,
     revision: Revision = None,
@@ -37,27 +46,35 @@ def command(
     json: Json = False,
 ) -> None:
     """Quantize a model after training: into a folder, or a file such as OUT.gguf."""
-    from halfbyte import run, solvers
+    from halfbyte import export, run, solvers
     from halfbyte.folders import FILES, check_free
     from halfbyte.plan import plan, totals
     from halfbyte.recipe import save
     from halfbyte.run import disk_bytes, to_scheme
     from halfbyte.steps import Freeze
 
-    check_free(output, overwrite, model, calibration)
+    check_free(output, overwrite, model, calibration, imatrix)
     scheme, by = to_scheme(to, group_size), solvers.solver(solver)
-    if calibration is not None and not by.needs_data:
-        say(f"--calibration is not used: {by.name} needs none.")
+    if calibration is not None and not (by.needs_data or by.uses or scheme.static):
+        say(f"--calibration is not used: {by.name} takes none.")
+    if input_search is not None and not scheme.static:
+        say(f"--input-search is not used: {scheme.name} has no scales of inputs to find.")
     summary: dict[str, Any] = {"output": str(output), "scheme": scheme.name, "solver": solver}
     if output.suffix in FILES:
-        summary |= _to_file(model, output, to, by, no_verify, dtype, revision, overwrite)
+        found = export.Found(solver, calibration, samples, imatrix, input_search or "minmax")
+        summary |= _to_file(model, output, to, found, no_verify, dtype, revision, overwrite)
     else:
+        freeze = Freeze(
+            scheme=scheme, solver=solver, calibration=calibration, samples=samples, imatrix=imatrix,
+            inputs=input_search or "minmax",
+        )  # fmt: skip
         loaded = run.load(model, dtype, revision)
         entries = plan(loaded.model, scheme)
         say(f"{model} -> {scheme.name} by {by.says}:")
         show_plan(entries)
         loaded.holds(scheme)
-        Freeze(scheme=scheme, solver=solver, calibration=calibration, on_block=progress("block"))(loaded)
+        freeze.on_block, freeze.on_batch = progress("block"), progress("calibration row")
+        freeze(loaded)
         bits = loaded.bits_per_weight()
         loaded.rows.append(("quantized", {"bits_per_weight": bits, "scheme": scheme.name}))
         save(loaded, output, overwrite)
@@ -73,26 +90,23 @@ def _to_file(
     model: str,
     output: Path,
     to: str,
-    by: Any,
+    found: Any,
     no_verify: bool,
     dtype: str | None,
     revision: str | None,
     overwrite: bool,
 ) -> dict[str, Any]:
-    """A tensor at a time, read back by the program that the file is for."""
-    from halfbyte import export
-    from halfbyte.errors import InputError
+    """A tensor at a time where no text is needed, read back by the program that the file is for."""
+    from halfbyte import export, solvers
     from halfbyte.kinds import kind
     from halfbyte.plan import plan, totals
     from halfbyte.run import parse_dtype
 
-    if by.name != "rtn":
-        raise InputError(f"--solver {by.name} is not used for a {output.suffix} file yet: quantize to a folder first.")
-    target, loaded = kind(None, output), export.read(model, parse_dtype(dtype), revision)
-    entries = plan(loaded.model, export.chosen(to))
-    say(f"{model} -> {to} by {by.says}:")
+    target = kind(None, output)
+    entries = plan(export.read(model, parse_dtype(dtype), revision).model, export.chosen(to))
+    say(f"{model} -> {to} by {solvers.solver(found.solver).says}:")
     show_plan(entries)
-    job = export.prepare(loaded, target, to, True, say)
+    job = export.job(model, target, to, True, found, parse_dtype(dtype), revision, say, progress("block"))
     job.on_tensor = progress("tensor")
     done = export.export(model, job, target, output, None if no_verify else export.Proof(), overwrite, say)
     n, before, _ = totals(entries)

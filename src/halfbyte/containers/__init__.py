@@ -40,8 +40,8 @@ class Container(Protocol):
     def decode(
         self, name: str, f: Format, shape: tuple[int, ...], get: Get, config: Mapping[str, Any] = {}
     ) -> QTensor:  # fmt: skip
-        """The weight of module `name`, codes unchanged; config: as `formats` got it. Raises InputError if sizes do
-        not fit."""
+        """The weight of module `name`, codes unchanged; config: as `formats` got it, and the dtype of the floats beside
+        the codes as "dtype". Raises InputError if sizes do not fit."""
         ...
 
 

@@ -6,6 +6,7 @@ A weight of shape (out, in) is `X.qweight` int32 (in, out / 8), `X.qzeros` int32
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -42,16 +43,21 @@ def config(sites: Mapping[str, tuple[QTensor, Format | None]], kept: list[str]) 
 
 def formats(config: Mapping[str, Any], names: set[str], get: Get) -> dict[str, tuple[Format, Format | None]]:
     """See Container. The group is told by the shapes. Raises InputError for other versions of the layout."""
-    version = str(config.get("version", "gemm")).lower()
+    version = config.get("version", "gemm")
+    version = version.lower() if isinstance(version, str) else version
     if version != "gemm" or config.get("bits", config.get("w_bit", 4)) != 4:
-        raise InputError(f"quantization_config: AWQ's version {version[:40]!r} is not read; gemm with 4 bits is.")
+        raise InputError(
+            f"quantization_config: AWQ's version {reprlib.repr(version)} is not read; gemm with 4 bits is."
+        )
     out: dict[str, tuple[Format, Format | None]] = {}
     for name in sorted(n.removesuffix(".qweight") for n in names if n.endswith(".qweight")):
         if missing := next((p for p in ("scales", "qzeros") if f"{name}.{p}" not in names), None):
             raise InputError(f"{name}.{missing} is missing.")
         words, scales = get(f"{name}.qweight"), get(f"{name}.scales")
+        if words.ndim != 2 or scales.ndim != 2:
+            raise InputError(f"{name}: its codes and scales should be matrices.")
         inputs, groups = words.shape[0], scales.shape[0]
-        if words.ndim != 2 or scales.ndim != 2 or not groups or inputs % groups:
+        if not groups or inputs % groups:
             raise InputError(f"{name}: {groups} groups do not divide its {inputs} inputs.")
         out[name] = (FORMATS["uint4-channel" if groups == 1 else f"uint4-g{inputs // groups}"], None)
     return out

@@ -1,18 +1,22 @@
-"""The compressed-tensors layout: what vLLM and transformers read integer and FP8 weights from."""
+"""The compressed-tensors layout: what vLLM and transformers read integer, FP8 and FP4 weights from."""
 
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import regex
 import torch
 from torch import Tensor
 
+from halfbyte.containers import compressed_fp4 as fp4
 from halfbyte.containers.words import from_words, to_words, typed
 from halfbyte.errors import InputError
 from halfbyte.formats import FORMATS, SOURCE, Float8, Format, Integers
-from halfbyte.qtensor import QTensor, check_parts, pack
+from halfbyte.qtensor import QParams, QTensor, check_parts, pack
+from halfbyte.scheme import static
 
 if TYPE_CHECKING:
     from halfbyte.containers import Get
@@ -24,6 +28,8 @@ READER = "transformers with compressed-tensors (0.15 to 0.17.1), vLLM"
 def refuses(f: Format, role: str) -> str | None:
     if role not in ("linear", "head"):
         return f"it has no place for a weight of kind {role}"
+    if fp4.holds(f):
+        return None
     integers = isinstance(f.grid, Integers) and f.zero in (None, "integer")
     e4m3 = isinstance(f.grid, Float8) and f.grid.dtype == torch.float8_e4m3fn and not isinstance(f.group, int)
     if not (integers or e4m3) or f.scale != SOURCE or f.flat:
@@ -34,7 +40,10 @@ def refuses(f: Format, role: str) -> str | None:
 
 
 def encode(name: str, q: QTensor, input: Format | None = None) -> dict[str, Tensor]:
-    """Codes and scales unchanged. See `_layout` for which of the three layouts it is."""
+    """Codes and scales unchanged. See `_layout` for which of the layouts it is. Raises InputError where one of the
+    4-bit floats' cannot hold them."""
+    if fp4.holds(q.format):
+        return fp4.encode(name, q)
     f, scale = q.format, q.parts["scale"]
     assert isinstance(scale, Tensor)
     out = {f"{name}.weight_scale": scale}
@@ -53,12 +62,16 @@ def encode(name: str, q: QTensor, input: Format | None = None) -> dict[str, Tens
 
 
 def _layout(f: Format, input: Format | None) -> str:
+    if fp4.holds(f):
+        return fp4.layout(f)
     if isinstance(f.grid, Float8):
         return "float-quantized"
     return "int-quantized" if input is not None and f.bits == 8 and f.zero is None else "pack-quantized"
 
 
 def _args(f: Format, dynamic: bool = False) -> dict[str, Any]:
+    if fp4.holds(f):
+        return fp4.arguments(f)
     group = isinstance(f.group, int)
     strategy = "group" if group else "token" if dynamic and f.group == "channel" else f.group
     return {
@@ -84,7 +97,7 @@ def config(sites: Mapping[str, tuple[QTensor, Format | None]], kept: list[str]) 
         groups[f"group_{i}"] = {
             "targets": ["Linear"] if len(pairs) == 1 else _patterns(names, others),
             "weights": _args(f),
-            "input_activations": None if input is None else _args(input, dynamic=True),
+            "input_activations": None if input is None else _args(input, dynamic=not static(input)),
             "format": _layout(f, input),
         }
     layouts = {g["format"] for g in groups.values()}
@@ -134,24 +147,41 @@ def _groups(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
             raise InputError(f"quantization_config: config_groups.{key} has no list of targets.")
         input = g.get("input_activations")
-        if input is not None and not (isinstance(input, Mapping) and input.get("dynamic") is True):
-            raise InputError(f"quantization_config: config_groups.{key} rounds inputs by scales of a calibration.")
+        if input is not None and not (isinstance(input, Mapping) and _known_when(input)):
+            raise InputError(
+                f"quantization_config: config_groups.{key} rounds inputs neither by each token's scale nor by one that "
+                "calibration found."
+            )
+        if input is not None and input.get("type") == "float" and input.get("num_bits") == 4:
+            raise InputError(f"quantization_config: config_groups.{key} rounds inputs to FP4, which halfbyte does not.")
         if g.get("output_activations") is not None:
             raise InputError(f"quantization_config: config_groups.{key} rounds outputs, which halfbyte does not.")
     return list(groups.values())
 
 
+def _known_when(input: Mapping[str, Any]) -> bool:
+    """Whether scales of inputs are known when `scheme.static` says so: of each token at run time, of all before."""
+    dynamic = input.get("dynamic", False)
+    return isinstance(dynamic, bool) and dynamic != (input.get("strategy") == "tensor")
+
+
 def _matches(target: str, name: str) -> bool:
     if not target.startswith("re:"):
         return target == name
-    try:
-        return bool(re.match(target[3:], name))
-    except re.error as e:
-        raise InputError(f"quantization_config: the target {target!r} is no regular expression: {e}.") from None
+    try:  # re would take for ever where an expression leaves many ways to try
+        return bool(regex.match(target[3:], name, timeout=0.1))
+    except TimeoutError:
+        raise InputError(f"quantization_config: the target {reprlib.repr(target)} takes too long to match.") from None
+    except (regex.error, RecursionError) as e:
+        raise InputError(
+            f"quantization_config: the target {reprlib.repr(target)} is no regular expression: {e}."
+        ) from None
 
 
 def _format(args: Any, name: str) -> Format:
     try:
+        if f := fp4.described(args):
+            return f
         kind, bits, strategy, symmetric = args["type"], args["num_bits"], args["strategy"], args.get("symmetric", True)
         group = f"g{args['group_size']:d}" if strategy == "group" else str(strategy)
         base = {("float", True): f"fp{bits}-e4m3", ("int", True): f"int{bits}", ("int", False): f"uint{bits}"}
@@ -159,10 +189,21 @@ def _format(args: Any, name: str) -> Format:
             raise InputError("actorder")
         return FORMATS[f"{base[kind, symmetric]}-{group}"]
     except (KeyError, TypeError, ValueError):  # an InputError is a ValueError
-        raise InputError(f"quantization_config: {name}'s arguments are none that halfbyte knows: {args}.") from None
+        raise InputError(
+            f"quantization_config: {name}'s arguments are none that halfbyte knows: {_shown(args)}."
+        ) from None
+
+
+def _shown(args: Any) -> str:
+    if not isinstance(args, Mapping):
+        return reprlib.repr(args)
+    asked = ("type", "num_bits", "strategy", "group_size", "symmetric", "actorder")
+    return ", ".join(f"{k} {reprlib.repr(args[k])}" for k in asked if k in args)
 
 
 def decode(name: str, f: Format, shape: tuple[int, ...], get: Get, config: Mapping[str, Any] = {}) -> QTensor:
+    if fp4.holds(f):
+        return fp4.decode(name, f, shape, get)
     scale, groups = get(f"{name}.weight_scale"), f.groups(shape)
     if _squeezed(tuple(scale.shape)) != _squeezed(groups) or scale.dtype not in _SCALES:
         raise InputError(
@@ -176,6 +217,20 @@ def decode(name: str, f: Format, shape: tuple[int, ...], get: Get, config: Mappi
     if zero is not None:
         parts["zero"] = zero.contiguous()
     return check_parts(QTensor(f, shape, scale.dtype, parts))
+
+
+def decode_input(name: str, f: Format, get: Get) -> QParams:
+    """What the inputs of module `name` are rounded by to a static format, each (1,): the scale in its own dtype. Raises
+    InputError for what is missing or no such number."""
+    scale = get(f"{name}.input_scale")
+    if scale.numel() != 1 or scale.dtype not in _SCALES or not 0 < scale.item() < torch.inf:
+        raise InputError(f"{name}.input_scale should be one positive float.")
+    if not f.zero:
+        return QParams(scale.reshape(1))
+    zero = get(f"{name}.input_zero_point")
+    if zero.numel() != 1 or zero.dtype != torch.int8:
+        raise InputError(f"{name}.input_zero_point should be one int8.")
+    return QParams(scale.reshape(1), zero.reshape(1).float() + (1 << (f.bits - 1)))
 
 
 _SCALES = (torch.float32, torch.bfloat16, torch.float16)
@@ -201,8 +256,9 @@ def _integers(name: str, f: Format, shape: tuple[int, ...], get: Get) -> tuple[T
 
         return whole("weight", shape), whole("weight_zero_point", groups) if f.zero else None
     words = typed(f"{name}.weight_packed", get(f"{name}.weight_packed"), (torch.int32,), (rows, -(-shape[1] // per)))
-    if (stated := tuple(get(f"{name}.weight_shape").flatten().tolist())) != shape:
-        raise InputError(f"{name}.weight_shape says {stated}; the model needs {shape}.")
+    stated = get(f"{name}.weight_shape").flatten()
+    if tuple(stated[:3].tolist()) != shape:
+        raise InputError(f"{name}.weight_shape says {stated[:3].tolist()}; the model needs {shape}.")
     codes = from_words(words, f.bits, shape[1])
     if not f.zero:
         return codes, None

@@ -8,6 +8,7 @@ does not rise, inputs were quantized in another order (desc_act), which the code
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +108,7 @@ def formats(config: Mapping[str, Any], names: set[str], get: Get) -> dict[str, t
     layout = config.get("checkpoint_format", "gptq")
     if layout not in ("gptq", "gptq_v2"):
         raise InputError(
-            f"quantization_config: checkpoint_format {str(layout)[:40]!r} is not read; gptq and gptq_v2 are."
+            f"quantization_config: checkpoint_format {reprlib.repr(layout)} is not read; gptq and gptq_v2 are."
         )
     out: dict[str, tuple[Format, Format | None]] = {}
     for name in sorted(n.removesuffix(".qweight") for n in names if n.endswith(".qweight")):

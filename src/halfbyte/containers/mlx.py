@@ -7,6 +7,7 @@ module name what differs; embeddings may be quantized too.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -79,10 +80,10 @@ def formats(config: Mapping[str, Any], names: set[str], get: Get) -> dict[str, t
         own = config.get(name)
         said = own if isinstance(own, Mapping) else config
         if said.get("mode", "affine") != "affine" or f"{name}.biases" not in names:
-            raise InputError(f"{name}: MLX's mode {str(said.get('mode'))[:40]!r} is not read; affine is.")
+            raise InputError(f"{name}: MLX's mode {reprlib.repr(said.get('mode'))} is not read; affine is.")
         bits, group = said.get("bits"), said.get("group_size")
         if bits not in _BITS or group not in _GROUPS:
-            raise InputError(f"quantization: {name} has {str(bits)[:20]} bits in groups of {str(group)[:20]}.")
+            raise InputError(f"quantization: {name} has {reprlib.repr(bits)} bits in groups of {reprlib.repr(group)}.")
         out[name] = (FORMATS[f"uint{bits}-g{group}-affine"], None)
     return out
 

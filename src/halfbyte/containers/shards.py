@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import struct
 from collections.abc import Iterable
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from halfbyte.errors import InputError
@@ -23,6 +24,7 @@ _DTYPES = {
 }  # fmt: skip
 _LARGEST_HEADER = 100_000_000  # safetensors' own bound
 MAX_SHARD = 4_000_000_000  # bytes: what hubs and older file systems take
+_CHUNK = 1 << 24  # bytes that are copied at a time
 INDEX = "model.safetensors.index.json"
 
 
@@ -107,6 +109,8 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} is missing.") from None
+    except OSError as e:
+        raise InputError(f"{path} cannot be read: {e.strerror}.") from None
     except (ValueError, RecursionError) as e:
         raise InputError(f"{path} is not valid JSON: {str(e)[:100]}.") from None
     if not isinstance(value, dict):
@@ -135,7 +139,13 @@ def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
     if not isinstance(table, dict):
         raise InputError(f"{file} is not a safetensors file: its header is not an object.")
     table.pop("__metadata__", None)
-    return {name: _entry(file, name, e, 8 + n, size) for name, e in table.items()}
+    out = {name: _entry(file, name, e, 8 + n, size) for name, e in table.items()}
+    # a small file must not stand for large weights by naming its bytes over and over
+    inner = sorted((begin, end, name) for name, (*_, begin, end) in out.items() if begin < end)
+    for (_, end, name), (begin, _, other) in pairwise(inner):
+        if begin < end:
+            raise InputError(f"{file}: the tensors {name[:80]!r} and {other[:80]!r} share bytes.")
+    return out
 
 
 def _entry(file: Path, name: str, e: object, start: int, size: int) -> tuple[str, tuple[int, ...], int, int]:
@@ -145,7 +155,10 @@ def _entry(file: Path, name: str, e: object, start: int, size: int) -> tuple[str
         assert dtype in _DTYPES
         assert all(type(d) is int and d >= 0 for d in (*shape, begin, end))
         assert begin <= end <= size - start
-        assert prod(max(d, 1) for d in shape) < 1 << 63  # also where one of them is 0
+        volume = 1
+        for d in shape:  # step by step: the product of many large ones would take long
+            volume *= max(d, 1)
+            assert volume < 1 << 63  # also where one of them is 0
         assert prod(shape) * _DTYPES[dtype].itemsize == end - begin
     except (AssertionError, KeyError, TypeError, ValueError):
         raise InputError(f"{file}: the entry of tensor {name[:80]!r} is broken or the file is truncated.") from None
@@ -153,34 +166,61 @@ def _entry(file: Path, name: str, e: object, start: int, size: int) -> tuple[str
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard: int = MAX_SHARD) -> int:
-    """Writes tensors as they come, a shard at a time in memory; one file, or several with an index.
+    """Writes tensors as they come, none of which is kept; one file, or several with an index.
 
     Returns the bytes of all tensors.
     """
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    total = 0
-
-    def flush() -> None:
-        save_file(pending, str(folder / f"part-{len(shards)}"), metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
+    shards = [_Shard(folder / "part-0")]
     for name, tensor in tensors:
-        if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > max_shard:
-            flush()
-        pending[name] = tensor.detach().cpu().contiguous()
-        total += tensor.nbytes
-    if pending or not shards:
-        flush()
+        if shards[-1].tensors and shards[-1].nbytes + tensor.nbytes > max_shard:
+            shards[-1].finish()
+            shards.append(_Shard(folder / f"part-{len(shards)}"))
+        shards[-1].add(name, tensor)
+    shards[-1].finish()
+    total = sum(s.nbytes for s in shards)
     if len(shards) == 1:
-        (folder / "part-0").rename(folder / "model.safetensors")
+        shards[0].path.rename(folder / "model.safetensors")
         return total
     weight_map = {}
-    for i, names in enumerate(shards):
+    for i, shard in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"part-{i}").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
+        shard.path.rename(folder / file)
+        weight_map |= dict.fromkeys(shard.tensors, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=1))
     return total
+
+
+class _Shard:
+    """A file as it is written. Its header, which comes first, has the place of every tensor, and readers that map it
+    need the wider numbers before the narrower: so until it is finished there is a file of numbers for each width."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors: dict[str, tuple[torch.dtype, tuple[int, ...], int]] = {}
+        self.nbytes = 0
+
+    def _numbers(self, width: int) -> Path:
+        return self.path.with_name(f"{self.path.name}.{width}")
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        with open(self._numbers(tensor.dtype.itemsize), "ab") as f:
+            f.write(data.numpy().data)
+        self.tensors[name] = tensor.dtype, tuple(tensor.shape), tensor.nbytes
+        self.nbytes += tensor.nbytes
+
+    def finish(self) -> None:
+        names = {dtype: name for name, dtype in _DTYPES.items()}
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, (dtype, shape, size) in sorted(self.tensors.items(), key=lambda item: -item[1][0].itemsize):
+            header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": [end, end := end + size]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(self.path, "wb") as f:
+            f.write(struct.pack("<Q", len(text)) + text)
+            for width in sorted({dtype.itemsize for dtype, *_ in self.tensors.values()}, reverse=True):
+                with open(self._numbers(width), "rb") as part:
+                    shutil.copyfileobj(part, f, _CHUNK)
+                self._numbers(width).unlink()

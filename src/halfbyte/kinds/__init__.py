@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from halfbyte.errors import InputError
+from halfbyte.folders import FILES
 from halfbyte.formats import Format
 from halfbyte.kinds import folders, gguf, gguf_lora, ollama, onnx
 from halfbyte.models import Loaded
@@ -65,8 +66,13 @@ class Kind(Protocol):
         """The reader's model of what was written, whose call gives logits as transformers' does."""
         ...
 
-    def differs(self, reader: nn.Module, tokenizer: Any) -> str | None:
-        """What the reader's tokenizer reads otherwise than ours, in words; None if it is the same."""
+    def beside(self, job: Job, path: Path, context: int) -> nn.Module:
+        """As `open` of an adapter, which computes nothing alone: with its base. Only of kinds with ADAPTERS."""
+        ...
+
+    def differs(self, reader: nn.Module, loaded: Loaded) -> str | None:
+        """What the reader makes otherwise of texts and conversations than the model's own tokenizer and chat template
+        do, or where it does not end an answer, in words; None if it is all the same."""
         ...
 
 
@@ -77,12 +83,18 @@ KINDS: dict[str, Kind] = {
 
 
 def kind(name: str | None, output: Path) -> Kind:
-    """A kind by name, or by the suffix of what is to be written. Raises InputError."""
+    """A kind by name, or by the suffix of what is to be written. Raises InputError, also for an output whose name says
+    that it is something else."""
     if name is None:
-        found = next((k for k in KINDS.values() if k.SUFFIX and output.suffix == k.SUFFIX), None)
-        if found is None:
+        by_suffix = (k for k in KINDS.values() if k.SUFFIX and output.suffix == k.SUFFIX)
+        if (found := next(by_suffix, None)) is None:
             raise InputError(f"--to is missing, and the name {output} does not tell: it is {', '.join(KINDS)}.")
-        return found
-    if name not in KINDS:
+    elif (found := KINDS.get(name)) is None:
         raise InputError(f"--to {name}: it is {', '.join(KINDS)}.")
-    return KINDS[name]
+    if found.SUFFIX and output.suffix != found.SUFFIX:
+        raise InputError(f"--to {name} writes a file: name it {output.name}{found.SUFFIX}, not {output}.")
+    if found.SUFFIX and output.is_dir():
+        raise InputError(f"{output} is a folder, where a file is to be written; choose another -o.")
+    if not found.SUFFIX and output.suffix in FILES:
+        raise InputError(f"--to {name} writes a folder, and {output} is a name of a file; choose another -o.")
+    return found

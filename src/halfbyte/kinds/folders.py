@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte import kernels, models
+from halfbyte import models
 from halfbyte.containers import CONTAINERS, Container, compressed_tensors
 from halfbyte.errors import InputError
-from halfbyte.layers import Codes, Linear, ops
+from halfbyte.layers import Linear, ops
 from halfbyte.qtensor import QTensor
 
 if TYPE_CHECKING:
@@ -64,20 +64,8 @@ class Folder:
         return q if self.container is not None and self.container.refuses(q.format, "linear") is None else None
 
     def write(self, job: Job, path: Path) -> None:
-        """See Kind. In memory as a whole, since what is kept must be known before the config is written."""
-        loaded = job.loaded
-        named = list(ops(loaded.model))
-        if loaded.checkpoint is not None:
-            loaded.checkpoint.materialize(loaded.model, job.floats or loaded.config.dtype)
-        for i, (name, op) in enumerate(named):
-            if name in job.formats:
-                op.weight.freeze(kernels.quantize(op.weight.value(), job.formats[name]))
-            elif job.floats is not None and isinstance(op.weight.stored, Codes):
-                op.weight.dequantize()
-            job.on_tensor(i + 1, len(named))
-        if job.floats is not None:
-            loaded.config.dtype = job.floats
-        models.save(loaded, path, self.container)
+        """See Kind. One tensor at a time."""
+        models.save(job.loaded, path, self.container, job.formats, job.floats, job.on_tensor)
 
     def ours(self, job: Job) -> Loaded | None:
         """See Kind."""
@@ -94,7 +82,7 @@ class Folder:
         """See Kind."""
         return self.model(path)
 
-    def differs(self, reader: nn.Module, tokenizer: Any) -> str | None:
+    def differs(self, reader: nn.Module, loaded: Loaded) -> str | None:
         """See Kind. The tokenizer's files are its own."""
         return None
 

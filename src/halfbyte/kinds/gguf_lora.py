@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from halfbyte import adapters
 from halfbyte.containers import gguf as container
 from halfbyte.errors import InputError
-from halfbyte.models import gguf
+from halfbyte.kinds.gguf import READER, LlamaCpp, missing
+from halfbyte.layers import Codes, ops, weights
+from halfbyte.models import gguf, gguf_saving
 from halfbyte.qtensor import QTensor
 
 if TYPE_CHECKING:
-    from typing import Any
-
     from halfbyte.kinds import Job
     from halfbyte.models import Loaded
 
-NAME, SUFFIX, READER = "gguf-lora", ".gguf", "llama.cpp"
+__all__ = ["READER", "missing"]
+NAME, SUFFIX = "gguf-lora", ".gguf"
 ADAPTERS = True
 
 
@@ -34,6 +39,8 @@ def refuses(job: Job) -> str | None:
         list(_tensors(job))
     except InputError as e:
         return str(e).rstrip(".")
+    if any(w.grid is not None for w in weights(job.loaded.model).values()):
+        return "it was trained through a grid, which no base beside it is seen through: `halfbyte merge` it instead"
     if len({(a.r, a.lora_alpha, a.use_rslora) for a in found.values()}) > 1:
         return "its layers differ in rank or alpha, of which the file has one"
     return None
@@ -41,7 +48,11 @@ def refuses(job: Job) -> str | None:
 
 def remarks(job: Job) -> list[str]:
     """See Kind."""
-    return ["the base is not in this file: export it to GGUF too, and give llama.cpp both"]
+    out = ["the base is not in this file: export it to GGUF too, and give llama.cpp both"]
+    held = {w.stored.q.format.name for w in weights(job.loaded.model).values() if isinstance(w.stored, Codes)}
+    if held:
+        out.append(f"it was trained beside a base in {', '.join(sorted(held))}, and beside another it computes another")
+    return out
 
 
 def fitting(q: QTensor) -> QTensor | None:
@@ -74,14 +85,44 @@ def write(job: Job, path: Path) -> None:
     container.write(path, said, {n: ("f32", tuple(t.shape)) for n, t in tensors}, tensors)
 
 
-def ours(job: Job) -> Loaded | None:
-    """See Kind."""
-    return None
+@torch.no_grad()
+def ours(job: Job) -> Loaded:
+    """See Kind. It is the job's own model, whose base becomes float32, codes among it."""
+    loaded = job.loaded
+    for _, op in ops(loaded.model):
+        if isinstance(op.weight.stored, Codes):
+            op.weight.store(replace(op.weight.stored.q, dtype=torch.float32))
+            op.weight.dequantize()
+    for p in loaded.model.parameters():
+        p.data = p.data.float()
+    loaded.config.dtype = torch.float32
+    return loaded
 
 
-def missing() -> str | None:
-    """See Kind."""
-    return "it reads an adapter only beside its base"
+def beside(job: Job, path: Path, context: int) -> nn.Module:
+    """See Kind. The base is written in float32 for that, beside the adapter, and removed once it is read."""
+    with TemporaryDirectory(dir=path.parent, prefix=f"{path.stem}.base.") as folder:
+        base = Path(folder) / "base.gguf"
+        try:
+            with _alone(job.loaded.model):
+                gguf_saving.save(job.loaded, base, {}, torch.float32)
+        except InputError as e:
+            why = str(e).rstrip(".")
+            raise InputError(f"the adapter's base, beside which it is read, cannot be written: {why}.") from None
+        return LlamaCpp(base, context, lora_path=str(path))
+
+
+@contextmanager
+def _alone(model: nn.Module) -> Iterator[None]:
+    """The model without its adapters."""
+    held = [(w, dict(w.adapters.items())) for w in weights(model).values()]
+    for w, _ in held:
+        w.adapters.clear()
+    try:
+        yield
+    finally:
+        for w, found in held:
+            w.adapters.update(found)
 
 
 def open(path: Path, context: int) -> nn.Module:
@@ -89,6 +130,6 @@ def open(path: Path, context: int) -> nn.Module:
     raise InputError(f"{path}: an adapter alone computes nothing.")
 
 
-def differs(reader: nn.Module, tokenizer: Any) -> str | None:
-    """See Kind; never called."""
+def differs(reader: nn.Module, loaded: Loaded) -> str | None:
+    """See Kind. What is written has no words of its own."""
     return None

@@ -6,14 +6,16 @@ held against that template on several conversations: one that cannot be said thi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from halfbyte.errors import InputError
-from halfbyte.kinds import gguf
+from halfbyte.kinds import chats, gguf
+from halfbyte.models.gguf_tokenizer import adds_bos
 from halfbyte.qtensor import QTensor
 
 if TYPE_CHECKING:
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 
 NAME, SUFFIX, READER, ADAPTERS = "ollama", "", gguf.READER, False
 FILE, MODELFILE = "model.gguf", "Modelfile"
-Chat = list[dict[str, str]]
 _ROLES = ("system", "user", "assistant")
 _MARKS = {role: f"\u2402{role}\u2403" for role in _ROLES}  # texts that no template holds
 
@@ -37,7 +38,7 @@ class Template:
     answer: str
     default: str = ""
 
-    def render(self, chat: Chat) -> str:
+    def render(self, chat: list[chats.Message]) -> str:
         """A conversation as ollama will render it, up to the answer."""
         turns = "".join(before + m["content"] + after for m in chat for before, after in [self.around[m["role"]]])
         own = "" if chat and chat[0]["role"] == "system" else self.default
@@ -64,7 +65,7 @@ def _go(text: str) -> str:
 def template_of(tokenizer: Any) -> Template:
     """The template of a tokenizer. Raises InputError if it does not put the same around a role's every turn."""
 
-    def rendered(chat: Chat, answer: bool = True) -> str:
+    def rendered(chat: list[chats.Message], answer: bool = True) -> str:
         return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=answer)
 
     def turn(role: str) -> dict[str, str]:
@@ -107,11 +108,17 @@ def _split(system: str, both: str, end: str, bos: str) -> tuple[str, dict[str, t
     return start, around
 
 
+def as_given(tokenizer: Any) -> Template:
+    """The template as ollama gets it: it puts the token that begins a text in front itself, where the file says so."""
+    made = template_of(tokenizer)
+    return replace(made, start=made.start.removeprefix(tokenizer.bos_token)) if adds_bos(tokenizer) else made
+
+
 def modelfile(tokenizer: Any) -> str:
     """The Modelfile beside the GGUF file. Raises InputError as `template_of` does."""
     lines = [f"FROM ./{FILE}"]
     if tokenizer is not None and tokenizer.chat_template:
-        made = template_of(tokenizer)
+        made = as_given(tokenizer)
         lines.append(f'TEMPLATE """{made.go()}"""')
         stop = made.around["assistant"][1].strip() or tokenizer.eos_token
         lines.append(f'PARAMETER stop "{stop}"')
@@ -129,7 +136,27 @@ def refuses(job: Job) -> str | None:
 
 def remarks(job: Job) -> list[str]:
     """See Kind."""
-    return [*gguf.remarks(job), f"ollama runs llama.cpp, which reads {FILE} back; the Modelfile itself is not tried"]
+    out = [
+        *gguf.weights_and_words(job),
+        f"ollama runs llama.cpp, which reads {FILE} back; the Modelfile itself is not tried",
+    ]
+    tokenizer = job.loaded.tokenizer
+    if tokenizer is None or not tokenizer.chat_template:
+        return out
+    if chats.has_tools(tokenizer):
+        out.append("the Modelfile's template has no place for tools, which the model's own has")
+    made = template_of(tokenizer)
+    others = [chat.name for chat, text in _plain(tokenizer) if made.render(chat.messages) != text]
+    if others:
+        out.append(f"the Modelfile's template keeps texts as they are, where the model's own does not: {others[0]}")
+    if adds_bos(tokenizer) and not made.start.startswith(tokenizer.bos_token):
+        out.append(f"ollama puts {tokenizer.bos_token} in front of conversations too, which the chat template does not")
+    return out
+
+
+def _plain(tokenizer: Any) -> Iterator[tuple[chats.Chat, str]]:
+    """The conversations that need no tools."""
+    return ((chat, text) for chat, text in chats.rendered(tokenizer) if chat.tools is None)
 
 
 def fitting(q: QTensor) -> QTensor | None:
@@ -158,6 +185,19 @@ def open(path: Path, context: int) -> nn.Module:
     return gguf.open(path / FILE, context)
 
 
-def differs(reader: nn.Module, tokenizer: Any) -> str | None:
-    """See Kind."""
-    return gguf.differs(reader, tokenizer)
+def differs(reader: nn.Module, loaded: Loaded) -> str | None:
+    """See Kind. What the Modelfile makes of conversations too, as far as it says what the chat template does."""
+    tokenizer = loaded.tokenizer
+    if (why := gguf.differs(reader, loaded)) is not None or not tokenizer.chat_template:
+        return why
+    assert isinstance(reader, gguf.LlamaCpp)
+    meant, given = template_of(tokenizer), as_given(tokenizer)
+    begins = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    for chat, text in _plain(tokenizer):
+        if meant.render(chat.messages) != text:  # see remarks
+            continue
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        theirs = reader.tokenize(given.render(chat.messages))
+        if (why := gguf.unlike(chat, ids if ids[:1] == begins else begins + ids, theirs)) is not None:
+            return why
+    return None

@@ -17,6 +17,7 @@ from halfbyte.errors import InputError
 from halfbyte.layers import Codes, Linear, ops
 from halfbyte.models import Loaded
 from halfbyte.qtensor import QTensor
+from halfbyte.scheme import static
 
 if TYPE_CHECKING:
     from halfbyte.kinds import Job
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 NAME, SUFFIX = "onnx", ".onnx"
 READER = "onnxruntime"
 ADAPTERS = False
+PRECISE = "session.x64quantprecision"  # onnxruntime's setting: exact sums of products of unsigned with signed integers
 
 
 def _graph(job: Job) -> Graph:
@@ -47,16 +49,22 @@ def refuses(job: Job) -> str | None:
 def remarks(job: Job) -> list[str]:
     """See Kind."""
     out = ["the tokenizer is no part of the file: programs take it from the model's folder"]
+    if _graph(job).outgrows:
+        out.append(
+            "its weights are more than one file holds: they are in a second one, NAME.data, which stays beside it"
+        )
     if job.floats is None and job.loaded.config.dtype == torch.bfloat16:
         out.append("bfloat16 is written as float32, since onnxruntime's CPU computes little in it; F16 is smaller")
     named = dict(ops(job.loaded.model))
-    rounded = {name for name, op in named.items() if isinstance(op, Linear) and op.input}
+    rounded = {name: op.input for name, op in named.items() if isinstance(op, Linear) and op.input}
     held = {n: job.formats.get(n) or (None if job.floats else op.weight.format) for n, op in named.items()}
     if any(f is not None and f.bits == 8 and name not in rounded for name, f in held.items()):
         out.append("products of floats with codes of 8 bits need onnxruntime 1.23 or later")
     if rounded:
         out.append("inputs are rounded to 8 bits: a last digit can turn a code over, so that programs that compute the "
                    "same differ by about what that rounding costs; --max-kl may have to be raised")  # fmt: skip
+    if any(static(f) for f in rounded.values()):
+        out.append(f"on x86 without VNNI onnxruntime's sums of 8-bit products are cut off unless {PRECISE} is set to 1")
     return out
 
 
@@ -82,7 +90,7 @@ def open(path: Path, context: int) -> nn.Module:
     return OnnxRuntime(path)
 
 
-def differs(reader: nn.Module, tokenizer: Any) -> str | None:
+def differs(reader: nn.Module, loaded: Loaded) -> str | None:
     """See Kind. The file has no tokenizer."""
     return None
 
@@ -113,6 +121,7 @@ class OnnxRuntime(nn.Module):
         runtime: Any = import_module("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry(PRECISE, "1")
         self.session: Any = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.past = {i.name: i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")}
 

@@ -2,11 +2,12 @@
 
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.gguf import parts
+from halfbyte.models.importance import importance
 from halfbyte.models.loading import Loaded, is_encoder, load, resolve, skeleton
 from halfbyte.models.saving import own_container, save
 from halfbyte.models.structure import blocks, roles, tied
 
 __all__ = [
-    "Checkpoint", "Loaded", "blocks", "is_encoder", "load", "own_container", "parts", "resolve", "roles", "save",
-    "skeleton", "tied",
+    "Checkpoint", "Loaded", "blocks", "importance", "is_encoder", "load", "own_container", "parts", "resolve", "roles",
+    "save", "skeleton", "tied",
 ]  # fmt: skip

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
+from math import prod
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from halfbyte.containers import CONTAINERS, Container
+from halfbyte.containers import CONTAINERS, Container, compressed_tensors
 from halfbyte.containers.shards import Shards
 from halfbyte.errors import InputError
 from halfbyte.formats import Format
 from halfbyte.layers import Codes, Linear, Op, ops
-from halfbyte.qtensor import QTensor
+from halfbyte.qtensor import QParams, QTensor
+from halfbyte.scheme import static
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,8 +31,9 @@ class Source(Protocol):
         InputError for one that cannot be read, or codes that do not fit the shape."""
         ...
 
-    def input(self, name: str) -> Format | None:
-        """The format that the inputs of a weight are rounded to."""
+    def input(self, name: str) -> tuple[Format | None, QParams | None]:
+        """The format that the inputs of a weight are rounded to, and by which scale where it is a static one. Raises
+        InputError for one that cannot be read."""
         ...
 
 
@@ -42,10 +46,12 @@ class Folder:
         self.formats: dict[str, tuple[Format, Format | None]] = {}
         self.config: dict[str, Any] = {}
         if quantization is not None:
-            self.config = config = quantization if isinstance(quantization, dict) else quantization.to_dict()
+            self.config = config = {**_explained(quantization), "dtype": _dtype(shards)}
             method = config.get("quant_method", "?")
-            if method not in CONTAINERS:
-                raise InputError(f"weights quantized by {method!r} cannot be read; {', '.join(CONTAINERS)} can.")
+            if not isinstance(method, str) or method not in CONTAINERS:
+                raise InputError(
+                    f"weights quantized by {reprlib.repr(method)} cannot be read; {', '.join(CONTAINERS)} can."
+                )
             self.container = CONTAINERS[method]
             self.formats = self.container.formats(config, set(shards), shards.get)
             if not self.formats:
@@ -60,15 +66,34 @@ class Folder:
         stored = self._stored(name)
         if stored in self.formats:  # in which every container keeps the op's own orientation
             assert self.container is not None
+            if len(shape) != 2:
+                raise InputError(f"{name} is codes on disk, which only matrices can be; the config makes it {shape}.")
             return self.container.decode(stored, self.formats[stored][0], shape, self.shards.get, self.config)
         t = self.shards.get(self.names[name])
         return t.T.contiguous() if turned and t.ndim == 2 else t
 
-    def input(self, name: str) -> Format | None:
-        return self.formats.get(self._stored(name), (None, None))[1]
+    def input(self, name: str) -> tuple[Format | None, QParams | None]:
+        stored = self._stored(name)
+        f = self.formats.get(stored, (None, None))[1]
+        # of all containers compressed_tensors alone names formats of inputs
+        return f, compressed_tensors.decode_input(stored, f, self.shards.get) if f and static(f) else None
 
     def _stored(self, name: str) -> str:
         return self.names[name].removesuffix(".weight") if name.endswith(".weight") else ""
+
+
+def _dtype(shards: Shards) -> torch.dtype:
+    """Of the floats beside the codes: for layouts that do not say what their codes were made from."""
+    floats = [n for n in shards if shards.dtype(n) in _FLOATS]
+    return shards.dtype(max(floats, key=lambda n: prod(shards.shape(n)))) if floats else torch.float32
+
+
+def _explained(quantization: Any) -> dict[str, Any]:
+    """A quantization_config, which transformers has made an object of or not."""
+    said = quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
+    if not isinstance(said, dict):
+        raise InputError(f"config.json: quantization_config should be an object, not {reprlib.repr(said)}.")
+    return said
 
 
 class Checkpoint:
@@ -97,7 +122,10 @@ class Checkpoint:
 
     def materialize(self, model: nn.Module, dtype: torch.dtype | None, prefix: str = "") -> None:
         """Reads every parameter under `prefix` that is on the meta device. dtype None reads the codes' formats
-        but keeps the tensors on the meta device."""
+        but keeps the tensors on the meta device. Raises InputError for a dtype that is none of floats, which a config
+        may name."""
+        if dtype is not None and dtype not in _FLOATS:
+            raise InputError(f"a model's weights are float32, bfloat16 or float16, not {reprlib.repr(dtype)}.")
         for name, op in ops(model):
             if not name.startswith(prefix) or f"{name}.weight" not in self.source:
                 continue
@@ -125,7 +153,9 @@ class Checkpoint:
         if isinstance(value, QTensor):
             op.weight.store(value)
             if isinstance(op, Linear):
-                op.input = self.source.input(f"{name}.weight")
+                op.input, p = self.source.input(f"{name}.weight")
+                if op.input is not None and p is not None:
+                    op.round_inputs(op.input, p)
         elif dtype is not None:
             op.weight.store(value.to(dtype))
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from halfbyte.containers.gguf import File, Value
 from halfbyte.errors import InputError
-from halfbyte.formats import Format
 from halfbyte.layers import ops
 from halfbyte.models.structure import tied
 from halfbyte.qtensor import QTensor
@@ -313,8 +312,8 @@ class Stored:
                 f"{self.file.path}: the tensor {extra} is no part of {self.arch.model} as the metadata describes it."
             )
 
-    def input(self, name: str) -> Format | None:
-        return None
+    def input(self, name: str) -> tuple[None, None]:
+        return None, None
 
     def get(self, name: str, shape: tuple[int, ...], turned: bool = False) -> Tensor | QTensor:
         """See Source: GGUF holds (out, in) also where transformers' own checkpoints are turned."""

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte import kernels
 from halfbyte.containers import ggml
 from halfbyte.containers import gguf as container
 from halfbyte.errors import InputError
@@ -19,8 +18,7 @@ from halfbyte.formats import FORMATS, Format
 from halfbyte.layers import Linear, Op
 from halfbyte.models import gguf, gguf_tokenizer
 from halfbyte.models.loading import Loaded
-from halfbyte.models.saving import Value, parameters
-from halfbyte.qtensor import QTensor
+from halfbyte.models.saving import Value, cast, parameters, rounded
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -76,7 +74,8 @@ def save(
 
     said = gguf.metadata(config) | _general(loaded, heads)
     if tokenizer is not None:
-        said |= gguf_tokenizer.metadata(tokenizer, config.vocab_size)
+        generation = getattr(loaded.model, "generation_config", None)
+        said |= gguf_tokenizer.metadata(tokenizer, config.vocab_size, generation)
     container.write(path, said, heads, stream())
 
 
@@ -94,21 +93,11 @@ def _value(name: str, get: Callable[[], Value], f: Format | None, dtype: torch.d
     """A parameter as the file holds it."""
     v = get()
     if f is not None:
-        if not isinstance(v, QTensor) or v.format != f:
-            v = kernels.quantize(v if isinstance(v, Tensor) else v.dequantize(), f)
+        v = rounded(name, v, f)
     else:
         v = v if isinstance(v, Tensor) else v.dequantize()
-        v = v if v.ndim == 1 else _cast(name, v, dtype)
+        v = v if v.ndim == 1 else cast(name, v, dtype)
     return gguf.placed(name, v, config)
-
-
-def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    if not value.isfinite().all():
-        raise InputError(f"{name} holds NaN or infinity.")
-    out = value.to(dtype)
-    if not out.isfinite().all():
-        raise InputError(f"{name}: its largest value, {value.abs().max():.4g}, is more than {dtype} holds; use BF16.")
-    return out
 
 
 def _general(loaded: Loaded, heads: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, container.Value]:

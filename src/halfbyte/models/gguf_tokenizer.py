@@ -17,6 +17,8 @@ from halfbyte.errors import InputError, reason
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
 _SPACE = "\u2581"  # SentencePiece's
+_TEMPLATE = "tokenizer.chat_template"
+_ENDS = ("eos", "eot", "eom")  # of a text, a turn, a message: an answer ends at any of them
 _CASELESS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -51,9 +53,10 @@ SPLITS = {
 }
 
 
-def metadata(tokenizer: Any, vocabulary: int) -> dict[str, Value]:
+def metadata(tokenizer: Any, vocabulary: int, generation: Any = None) -> dict[str, Value]:
     """What a file says of a tokenizer. vocabulary: rows of the embedding; those without a token are marked unused.
-    Raises InputError for a kind that llama.cpp has no name for."""
+    generation: the model's generation config, which may name further ends of an answer. Raises InputError for a kind
+    that llama.cpp has no name for."""
     raw = json.loads(tokenizer.backend_tokenizer.to_str())
     kind = raw["model"]["type"]
     if kind != "BPE":
@@ -61,15 +64,22 @@ def metadata(tokenizer: Any, vocabulary: int) -> dict[str, Value]:
     steps = _flat(raw["pre_tokenizer"])
     said = _byte_level(raw, steps) if any(s["type"] == "ByteLevel" for s in steps) else _sentencepiece(raw, steps)
     tokens, types = _tokens(tokenizer, raw, vocabulary)
-    said |= {"tokens": tokens, "token_type": types, **_special(tokenizer)}
+    said |= {"tokens": tokens, "token_type": types, **_special(tokenizer), **_ends(tokenizer, generation)}
     if said["model"] == "llama":
         said["scores"] = _scores(raw, tokens)
     out = {f"tokenizer.ggml.{k}": v for k, v in said.items()}
-    if template := tokenizer.chat_template:
-        if isinstance(template, dict):  # several, by name
-            template = template.get("default") or next(iter(template.values()))
-        out["tokenizer.chat_template"] = template
-    return out
+    return out | templates(tokenizer.chat_template)
+
+
+def templates(found: str | dict[str, str] | None) -> dict[str, Value]:
+    """The chat template; of several by name the default one, and the others by theirs (tools have one of their own)."""
+    if not found:
+        return {}
+    named = dict(found) if isinstance(found, dict) else {"default": found}
+    out: dict[str, Value] = {_TEMPLATE: named.pop("default", None) or next(iter(named.values()))}
+    if named:
+        out["tokenizer.chat_templates"] = list(named)
+    return out | {f"{_TEMPLATE}.{name}": template for name, template in named.items()}
 
 
 def _flat(step: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -141,9 +151,44 @@ def _special(tokenizer: Any) -> dict[str, Any]:
         if (i := getattr(tokenizer, f"{ours}_token_id")) is not None:
             out[f"{name}_token_id"] = i
     ids = tokenizer("a").input_ids
-    out["add_bos_token"] = bool(ids) and ids[0] == tokenizer.bos_token_id
+    out["add_bos_token"] = adds_bos(tokenizer)
     out["add_eos_token"] = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
     return out
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether a token that begins a text is put in front of every one."""
+    return tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+def _ends(tokenizer: Any, generation: Any) -> dict[str, Any]:
+    """What a file says of the ends of an answer that `_special` has not: the token that ends a turn, and one more."""
+    turn = end_of_turn(tokenizer)
+    said = {} if turn is None else {"eot_token_id": turn}
+    others = [i for i in ends(tokenizer, generation) if i not in (tokenizer.eos_token_id, turn)]
+    return said | {"eom_token_id": others[0]} if others else said
+
+
+def ends(tokenizer: Any, generation: Any = None) -> list[int]:
+    """The tokens at which an answer ends: the tokenizer's own, that of the chat template, the generation config's."""
+    more = getattr(generation, "eos_token_id", None)
+    found = [tokenizer.eos_token_id, end_of_turn(tokenizer), *(more if isinstance(more, list) else [more])]
+    return list(dict.fromkeys(i for i in found if type(i) is int and 0 <= i < len(tokenizer)))
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The special token with which the chat template ends what the assistant says; None where there is none."""
+    if not tokenizer.chat_template:
+        return None
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception:  # templates raise what they like
+        return None
+    _, said, rest = text.rpartition("hello")
+    after = tokenizer(rest, add_special_tokens=False).input_ids if said else []
+    special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    return next((i for i in after if i in special), None)
 
 
 def _scores(raw: dict[str, Any], tokens: list[str]) -> list[float]:
@@ -158,15 +203,17 @@ def _scores(raw: dict[str, Any], tokens: list[str]) -> list[float]:
 
 def read(file: File) -> Any:
     """The tokenizer that a file describes, None where it describes none. Raises InputError."""
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast  # AutoTokenizer would parse the file once more, for its config
 
     if "tokenizer.ggml.tokens" not in file.metadata:
         return None
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            tokenizer: Any = AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
+            tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(file.path.parent, gguf_file=file.path.name)
     except Exception as e:
         raise InputError(f"{file.path}: its tokenizer cannot be read: {reason(e)}") from None
+    if named := _named_templates(file):
+        tokenizer.chat_template = named
     kind, prefix = file.metadata.get("tokenizer.ggml.model"), file.metadata.get("tokenizer.ggml.add_space_prefix")
     split = SPLITS.get(file.text("tokenizer.ggml.pre", ""))
     if kind == "gpt2" and split is not None:
@@ -174,6 +221,20 @@ def read(file: File) -> Any:
     if kind == "llama":
         _respace(tokenizer.backend_tokenizer, prefix is None or bool(prefix))
     return tokenizer
+
+
+def _named_templates(file: File) -> dict[str, str]:
+    """The chat templates by name, where a file has several."""
+    found = {k.removeprefix(f"{_TEMPLATE}."): v for k, v in file.metadata.items() if k.startswith(f"{_TEMPLATE}.")}
+    found = {k: v for k, v in found.items() if isinstance(v, str)}
+    return {"default": file.text(_TEMPLATE), **found} if found and _TEMPLATE in file.metadata else {}
+
+
+def read_ends(file: File) -> int | list[int] | None:
+    """The tokens at which a file says that an answer ends, as a generation config has them."""
+    found = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in _ENDS]
+    ids = list(dict.fromkeys(i for i in found if type(i) is int))
+    return ids if len(ids) > 1 else ids[0] if ids else None
 
 
 def _respace(backend: Any, prefix: bool) -> None:

@@ -20,6 +20,8 @@ from halfbyte.layers import swap
 from halfbyte.models import gguf, gguf_tokenizer
 from halfbyte.models.checkpoint import Checkpoint, Folder
 
+_GENERATION = "generation_config.json"
+
 
 @dataclass
 class Loaded:
@@ -92,12 +94,17 @@ def load(
         quantization = {**mlx, "quant_method": "mlx"} if isinstance(mlx, dict) else None
         del config.quantization
     shards = Shards.of_folder(path)
+    layers, held = getattr(config, "num_hidden_layers", None), len(list(shards))
+    if isinstance(layers, int) and layers > held:  # making them all would take memory without end
+        raise InputError(f"{path / 'config.json'} speaks of {layers} layers, and its weights are {held} tensors.")
     try:
         model = skeleton(config, labels)
     except InputError as e:
         raise InputError(f"{path / 'config.json'}: {e}") from None
     except Exception as e:  # whatever a class makes of sizes that cannot be
         raise InputError(f"{path / 'config.json'} describes no model that can be made: {reason(e)}") from None
+    if model.generation_config is not None and (path / _GENERATION).exists():
+        model.generation_config = _generation(path)
     dtype = torch.float32 if (dtype := dtype or config.dtype) is None else dtype
     config.dtype = dtype
     names = _names(model, shards, path)
@@ -135,6 +142,17 @@ def _config(path: Path) -> Any:
                 f"{path}: its code is in the folder itself (auto_map); halfbyte runs no code from a checkpoint."
             ) from None
         raise InputError(f"{path / 'config.json'} cannot be used: {reason(e)}") from None
+
+
+def _generation(path: Path) -> Any:
+    """What ends an answer, and how tokens are chosen, as the folder says it."""
+    from transformers import GenerationConfig
+
+    read_json(path / _GENERATION)
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except Exception as e:
+        raise InputError(f"{path / _GENERATION} cannot be used: {reason(e)}") from None
 
 
 def is_encoder(source: str | Path, revision: str | None = None) -> bool:
@@ -223,6 +241,7 @@ def _load_gguf(source: str | Path, path: Path, dtype: torch.dtype, weights: bool
     if config is None or model is None:
         return _load_other_gguf(source, file, dtype)
     config.dtype = dtype
+    model.generation_config.eos_token_id = gguf_tokenizer.read_ends(file)
     stored = gguf.Stored(file, config, dtype)
     stored.check(dict(model.named_parameters(remove_duplicate=False)))
     swap(model)

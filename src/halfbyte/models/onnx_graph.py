@@ -17,7 +17,6 @@ from halfbyte.models.loading import Loaded
 from halfbyte.models.onnx_saving import TYPES, Graph
 from halfbyte.models.onnx_weights import Weights
 
-LARGEST = 1_900_000_000  # bytes of weights: protobuf reads no message of 2 GiB
 _ROPES = ("default", "linear", "yarn", "llama3")  # whose angles are a position times a constant
 _ACTIVATIONS = ("silu", "gelu_new", "gelu_pytorch_tanh", "gelu", "relu")
 
@@ -104,18 +103,13 @@ def floats(loaded: Loaded, dtype: torch.dtype | None) -> torch.dtype:
 def build(loaded: Loaded, formats: Mapping[str, Format], dtype: torch.dtype | None = None) -> Graph:
     """The graph of a model, no weight of which has been read. formats: op's name -> what its weight is rounded to.
     dtype: what all others become, codes among them; None leaves them as they are. Raises InputError for what ONNX, or
-    the graph, cannot say, and for more than fits into a file."""
+    the graph, cannot say."""
     row = architecture_of(loaded.model)
     graph = Graph(floats(loaded, dtype))
     weights = Weights(graph, loaded, formats, dtype is not None)
     _Decoder(graph, weights, row, loaded.model).build()
     if unused := weights.unused():
         raise InputError(f"the graph of {row.model} has no place for {unused[0]}.")
-    if graph.nbytes > LARGEST:
-        raise InputError(
-            f"its weights take {graph.nbytes / 1e9:.1f} GB, and one .onnx file holds {LARGEST / 1e9:.1f}; "
-            "weights in a second file beside it are not written yet."
-        )
     return graph
 
 

@@ -18,9 +18,11 @@ from halfbyte.layers import Codes, Embedding, Linear, Op, ops
 from halfbyte.models.loading import Loaded
 from halfbyte.models.onnx_saving import Graph, Held
 from halfbyte.models.saving import Value, parameters
-from halfbyte.qtensor import QTensor, pack
+from halfbyte.qtensor import QParams, QTensor, pack
+from halfbyte.scheme import static
 
 _BLOCKS = (256, 128, 64, 32, 16)  # MatMulNBits' sizes
+_CONSTANTS = (".input_scale", ".input_zero_point")  # in the graph itself, once for all ops that share them
 
 
 def refuses(f: Format, inputs: int, input: Format | None = None) -> str | None:
@@ -34,12 +36,17 @@ def refuses(f: Format, inputs: int, input: Format | None = None) -> str | None:
         return f"onnxruntime has no product for {f}: its groups are no multiple of {_BLOCKS[-1]}"
     if input is None:
         return None
-    tokens = isinstance(input.grid, Integers) and input.bits == 8 and input.grid.signed and input.zero is None
-    if not tokens or (input.group, input.scale) != ("channel", SOURCE):
-        return f"inputs are rounded to {input}, and only int8-token is written to ONNX"
+    if not isinstance(input.grid, Integers) or input.bits != 8 or input.scale != SOURCE or not _rounded(input):
+        return f"inputs are rounded to {input}, and only int8-token, int8-tensor and uint8-tensor are written to ONNX"
     if f.bits != 8 or f.zero is not None or f.group != "channel":
         return f"inputs are rounded to {input}, which are multiplied with int8-channel alone, not with {f}"
     return None
+
+
+def _rounded(input: Format) -> bool:
+    """Whether there are nodes that round to an 8-bit format of inputs."""
+    symmetric = input.zero is None and isinstance(input.grid, Integers) and input.grid.signed
+    return symmetric or input.zero == "integer" if static(input) else symmetric and input.group == "channel"
 
 
 def _block(f: Format, inputs: int) -> int | None:
@@ -124,10 +131,11 @@ class Weights:
         self.looked_up = {id(op.weight) for op in self.ops.values() if isinstance(op, Embedding)}
         self.placed: dict[str, Any] = {}
         self._rounded: dict[str, tuple[str, str]] = {}
+        self._rounded_by: dict[tuple[str, ...], str] = {}
 
     def unused(self) -> list[str]:
         """Names of the parameters that the graph has no place for."""
-        return [name for name in self.values if name not in self.placed]
+        return [name for name in self.values if name not in self.placed and not name.endswith(_CONSTANTS)]
 
     def _once(self, name: str, place: Callable[[], Any]) -> Any:
         if name not in self.placed:
@@ -167,7 +175,8 @@ class Weights:
         elif f is None:
             y = g("MatMul", x, self._matrix(op, turned=True))
         else:
-            y = self._multiply(self._blocks(op, f), x) if op.input is None else self._integers(op, f, x)
+            rounded = self._seen_through if static(op.input) else self._integers
+            y = (self._multiply if op.input is None else rounded)(op, f, x)
         return y if op.bias is None else g("Add", y, self.vector(f"{name}.bias"))
 
     def _format(self, op: Op) -> Format | None:
@@ -243,8 +252,9 @@ class Weights:
             return getattr(torch, str(f.scale))
         return self.loaded.config.dtype if op.weight.device.type == "meta" else op.weight.dtype
 
-    def _multiply(self, b: Blocks, x: str) -> str:
+    def _multiply(self, op: Linear, f: Format, x: str) -> str:
         """A product with blocks of codes; x is not rounded."""
+        b = self._blocks(op, f)
         g, (out, inputs) = self.graph, b.shape
         wide = g.wide(x) if b.wide else x
         zero = [b["zero"]] if b.format.zero == "integer" else []
@@ -305,6 +315,36 @@ class Weights:
             codes = g("Clip", codes, g.number(0, f32), g.number(255, f32))
             self._rounded[x] = g("Cast", codes, to=TensorProto.UINT8), step
         return self._rounded[x]
+
+    def _seen_through(self, op: Linear, f: Format, x: str) -> str:
+        """A product of floats that were 8-bit integers, x by one scale for all and a weight by channel: what runs it
+        sees that, and multiplies the integers."""
+        g, name = self.graph, self.names[id(op.weight)]
+        codes, scale = f"{name}.codes", f"{name}.scale"
+        held: dict[str, Held] = {codes: (torch.int8, (op.in_features, op.out_features)),
+                                 scale: (torch.float32, (op.out_features,))}  # fmt: skip
+
+        def read() -> list[Tensor]:
+            q = self._codes(name, f)
+            # two's complement is the offset code with its highest bit turned
+            return [(q.codes ^ 128).view(torch.int8).T, q.qparams.scale.reshape(-1)]
+
+        self._once(f"{name}.weight", lambda: g.hold(held, read))
+        w = g("DequantizeLinear", codes, scale, axis=1)
+        return g.narrow(g("MatMul", self._round_by(op, x), w))
+
+    def _round_by(self, op: Linear, x: str) -> str:
+        """x rounded by the stored scale of an op's inputs, in float32; ops with the same scale share the nodes. Codes
+        are unsigned, around 128 where there is no zero point: onnxruntime multiplies signed ones that ops share in
+        floats."""
+        g = self.graph
+        p = op.input_qparams or QParams(torch.ones(1))  # what can be written is asked before scales are known, too
+        zero = torch.tensor(128.0) if p.zero is None else p.zero[0]
+        by = g.constant(p.scale[0].clone()), g.constant(zero.to(torch.uint8))
+        key = (x, *by)
+        if key not in self._rounded_by:
+            self._rounded_by[key] = g("DequantizeLinear", g("QuantizeLinear", g.wide(x), *by), *by)
+        return self._rounded_by[key]
 
 
 def _floats(value: Value) -> Tensor:

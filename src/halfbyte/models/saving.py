@@ -1,14 +1,16 @@
-"""A model -> a folder that plain transformers reads."""
+"""A model -> a folder that plain transformers reads, one tensor at a time."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from halfbyte import kernels
 from halfbyte.containers import Container, container_for
 from halfbyte.containers.shards import write_shards
 from halfbyte.errors import InputError
@@ -63,10 +65,20 @@ def _other(loaded: Loaded, name: str, held: Tensor) -> Tensor:
     return loaded.checkpoint.floats(name, tuple(held.shape)).to(loaded.config.dtype)
 
 
-def tensors(loaded: Loaded, container: Container | None) -> Iterator[tuple[str, Tensor]]:
-    """What a Hugging Face folder holds: codes as the container encodes them, floats as transformers has them."""
-    for name, op, get in parameters(loaded):
+def tensors(
+    loaded: Loaded, container: Container | None, formats: Mapping[str, Format] = {}, floats: torch.dtype | None = None,
+    on_tensor: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+    """What a Hugging Face folder holds: codes as the container encodes them, floats as transformers has them. formats,
+    floats: see `save`."""
+    chosen, buffers = _by_weight(loaded, formats), {n for n, _ in loaded.model.named_buffers()}
+    everything = list(parameters(loaded))
+    for i, (name, op, get) in enumerate(everything):
         value = get()
+        if op is not None and (f := chosen.get(id(op.weight))) is not None:
+            value = rounded(name, value, f)
+        elif floats is not None and name not in buffers:
+            value = cast(name, value.dequantize() if isinstance(value, QTensor) else value, floats)
         if isinstance(value, QTensor):
             assert container is not None
             if "order" in value.parts and container.METHOD != "gptq":
@@ -74,6 +86,34 @@ def tensors(loaded: Loaded, container: Container | None) -> Iterator[tuple[str, 
             yield from container.encode(name.removesuffix(".weight"), value, getattr(op, "input", None)).items()
         else:
             yield name, value.T if op is not None and op.transposed else value
+        on_tensor(i + 1, len(everything))
+
+
+def _by_weight(loaded: Loaded, formats: Mapping[str, Format]) -> dict[int, Format]:
+    """Formats by the id of the Weight, which tied ops share."""
+    named = dict(ops(loaded.model))
+    return {id(named[name].weight): f for name, f in formats.items()}
+
+
+def rounded(name: str, value: Value, f: Format) -> QTensor:
+    """A value in a format, to nearest; as it is, if it is in that already. Raises InputError for NaN and infinity."""
+    if isinstance(value, QTensor):
+        if value.format == f:
+            return value
+        value = value.dequantize()
+    if not value.isfinite().all():
+        raise InputError(f"{name} holds NaN or infinity, which has no code in {f.name}.")
+    return kernels.quantize(value, f)
+
+
+def cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A value in a dtype. Raises InputError for NaN and infinity, and for numbers that the dtype does not hold."""
+    if not value.isfinite().all():
+        raise InputError(f"{name} holds NaN or infinity.")
+    out = value.to(dtype)
+    if not out.isfinite().all():
+        raise InputError(f"{name}: its largest value, {value.abs().max():.4g}, is more than {dtype} holds; use BF16.")
+    return out
 
 
 def _within(name: str, roots: set[str]) -> bool:
@@ -87,29 +127,37 @@ def own_container(loaded: Loaded) -> Container | None:
     return source.container if isinstance(source, Folder) else None
 
 
-def save(loaded: Loaded, folder: Path, container: Container | None = None) -> Container | None:
+def save(
+    loaded: Loaded, folder: Path, container: Container | None = None, formats: Mapping[str, Format] = {},
+    floats: torch.dtype | None = None, on_tensor: Callable[[int, int], None] = lambda done, total: None,
+) -> Container | None:  # fmt: skip
     """Writes config, weights, tokenizer and generation config into an existing folder, as plain transformers
     (with the container's library, if anything is quantized) reads them. container: the layout for what is quantized;
-    the model's own, or the first that can, if None. Gives back the one used.
+    the model's own, or the first that can, if None. formats: op's name -> what its weight is rounded to, to nearest,
+    while it is written. floats: the dtype that all others get, codes among them; None leaves them as they are. Gives
+    back the container used.
 
-    Raises InputError, before anything is written, if no layout holds the model's formats.
+    Raises InputError, before anything is written, if no layout holds the model's formats; and for values that a format
+    or dtype does not hold.
     """
     model, role = loaded.model, roles(loaded.model)
-    sites = {n: op for n, op in ops(model) if isinstance(op.weight.stored, Codes) and not op.weight.adapters}
     config = copy.deepcopy(model.config)
+    config.dtype = floats or config.dtype
+    sites = _sites(loaded, formats, floats)
     if sites:
-        formats = {n: (_format(op), role[n]) for n, op in sites.items()}
-        container = container or container_for(formats, own_container(loaded))
+        container = container or container_for(
+            {n: (q.format, role[n]) for n, q in sites.items()}, own_container(loaded)
+        )
         kept = [n for n, op in ops(model) if n not in sites and isinstance(op, Linear)]
-        held = {n: (op.weight.frozen(), getattr(op, "input", None)) for n, op in sites.items()}
-        said = container.config(held, kept)
+        named = dict(ops(model))
+        said = container.config({n: (q, getattr(named[n], "input", None)) for n, q in sites.items()}, kept)
         config.quantization_config = said
         if container.METHOD == "mlx":  # which has a key of its own, and no name of a method
             del config.quantization_config
             config.quantization = {k: v for k, v in said.items() if k != "quant_method"}
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
-    write_shards(folder, tensors(loaded, container))
+    write_shards(folder, tensors(loaded, container, formats, floats, on_tensor))
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)  # pyright: ignore
     if loaded.tokenizer is not None:
@@ -117,6 +165,16 @@ def save(loaded: Loaded, folder: Path, container: Container | None = None) -> Co
     return container
 
 
-def _format(op: Op) -> Format:
-    assert op.weight.format is not None
-    return op.weight.format
+def _sites(loaded: Loaded, formats: Mapping[str, Format], floats: torch.dtype | None) -> dict[str, QTensor]:
+    """What will be codes, by op's name: those that are, and a row of zeros for those that are yet to be made, which
+    tells layouts as much."""
+    chosen, out = _by_weight(loaded, formats), {}
+    for name, op in ops(loaded.model):
+        w, f = op.weight, chosen.get(id(op.weight))
+        held = w.stored.q if isinstance(w.stored, Codes) and not w.adapters else None
+        if f is not None and (held is None or held.format != f):
+            dtype = loaded.config.dtype if held is None else held.dtype
+            out[name] = kernels.quantize(torch.zeros(1, w.shape[-1], dtype=dtype), f)
+        elif held is not None and (f is not None or floats is None):
+            out[name] = held
+    return out

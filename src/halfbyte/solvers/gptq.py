@@ -18,6 +18,7 @@ from halfbyte.solvers import rtn
 SAYS = "GPTQ, then descent on its loss in codes and scales"
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
 ROUNDS = 2
+_ELEMENTS = 1 << 24  # of the largest temporary while scales are fitted
 _log = logging.getLogger("halfbyte")
 
 
@@ -28,13 +29,13 @@ def solve(
     the log says so."""
     out = {}
     for name, site in sites.items():
-        w, f, moments = site.op.weight.value(), site.format, site.moments
-        why = "it saw no input" if moments is None else proxy.refuses(f, tuple(w.shape))
-        if why is not None:
+        w, f, gram = site.op.weight.value(), site.format, site.moments and site.moments.gram
+        why = proxy.refuses(f, tuple(w.shape)) or ("it saw no input" if gram is None else None)
+        if gram is None or why is not None:
             _log.warning("%s is rounded to nearest: %s", name, why)
             out[name] = rtn.quantize(w, f)
         else:
-            out[name] = quantize(w, f, moments.gram)
+            out[name] = quantize(w, f, gram)
     return out
 
 
@@ -81,19 +82,26 @@ def refitted(w: Tensor, q: QTensor, h: Tensor) -> QTensor:
     groups = p.scale.shape[-1]
     integer = None if p.zero is None or f.zero != "integer" else p.zero.reshape(-1, 1)
     v = grid_values(q.codes.reshape(out * groups, -1), f, integer).reshape(out, groups, -1)
-    parts = [v] if p.zero is None or f.zero == "integer" else [v, torch.ones_like(v)]
-    size, k = inputs // groups, groups * len(parts)
-    # basis vectors of a row: each group's grid values (and ones), zero elsewhere
-    hv = torch.stack(
-        [torch.einsum("ogs,gsi->ogi", b, h.reshape(groups, size, inputs)) for b in parts], 1
-    )  # (out, parts, groups, in)
-    hv = hv.reshape(out, k, groups, size)
-    a = torch.stack([(hv * b[:, None]).sum(-1) for b in parts], 2).reshape(out, k, k)
-    b = (hv.reshape(out, k, inputs) * w.float()[:, None]).sum(-1)
-    ridge = a.diagonal(dim1=1, dim2=2)
-    ridge += 1e-6 * ridge.mean(1, keepdim=True) + 1e-30
-    found = torch.linalg.solve(a.double(), b.double()).float().reshape(out, len(parts), groups)
-    scale = found[:, 0]
-    scale = torch.where(scale.isfinite() & (scale != 0), scale, p.scale)
-    zero = p.zero if len(parts) == 1 else found[:, 1]
-    return proxy.with_qparams(q, QParams(scale, zero))
+    added = p.zero is not None and integer is None
+    step = max(1, _ELEMENTS // ((1 + added) * groups * inputs))
+    found = torch.cat([_least_squares(w[i : i + step].float(), v[i : i + step], added, h) for i in range(0, out, step)])
+    scale = torch.where(found[:, 0].isfinite() & (found[:, 0] != 0), found[:, 0], p.scale)
+    return proxy.with_qparams(q, QParams(scale, found[:, 1] if added else p.zero))
+
+
+def _least_squares(w: Tensor, v: Tensor, added: bool, h: Tensor) -> Tensor:
+    """Scales, and zeros that are added, of rows w (rows, in) of grid values v (rows, groups, n): (rows, 1 or 2, groups).
+
+    The row is a sum of k vectors, each group's grid values (and its ones) with 0 elsewhere, times what is sought;
+    their products through H are the equations.
+    """
+    rows, groups, n = v.shape
+    basis = [v, torch.ones_like(v)] if added else [v]
+    k = groups * len(basis)
+    hv = torch.stack([torch.einsum("rgn,gni->rgi", b, h.reshape(groups, n, -1)) for b in basis], 1)
+    hv = hv.reshape(rows, k, groups, n)
+    a = torch.stack([(hv * b[:, None]).sum(-1) for b in basis], 2).reshape(rows, k, k).double()
+    b = (hv.reshape(rows, k, -1) @ w[:, :, None])[..., 0].double()
+    diagonal = a.diagonal(dim1=1, dim2=2)
+    diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + 1e-30  # groups of zeros alone
+    return torch.linalg.solve(a, b).float().reshape(rows, len(basis), groups)

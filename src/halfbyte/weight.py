@@ -1,0 +1,240 @@
+"""A weight: value = grid(stored + adapters). What is stored is floats, or codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte import kernels
+from halfbyte.errors import InputError
+from halfbyte.formats import Format
+from halfbyte.qtensor import QParams, QTensor
+
+
+def moved(t: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """t where `fn`, which nn.Module gives to _apply, would put it; in its own dtype."""
+    device = fn(t.new_empty(0)).device
+    return torch.empty_like(t, device=device) if t.is_meta else t.to(device)
+
+
+class Codes(nn.Module):
+    """A QTensor held by a module: parts are buffers that move with the model and keep their dtype.
+
+    With `learn`, the scale is a float32 Parameter; what is used and saved is its rounding to the scale's own
+    dtype, so that the file is what was trained. Raises InputError where the scales are themselves quantized.
+    """
+
+    def __init__(self, q: QTensor, learn: bool = False) -> None:
+        super().__init__()
+        tensors = q.tensors()
+        self._names = {name: name.replace(".", "_") for name in tensors}
+        for name, part in tensors.items():
+            self.register_buffer(self._names[name], part.detach())
+        if learn:
+            scale = q.parts["scale"]
+            if isinstance(scale, QTensor):
+                raise InputError(f"{q.format}: its scales are quantized themselves and cannot be trained.")
+            self._scale_dtype = scale.dtype
+            del self._buffers["scale"]
+            self.scale = nn.Parameter(scale.float())
+        self._q = q.with_tensors(tensors)
+        self._held: tuple[tuple[str, Tensor], ...] = ()
+
+    @property
+    def learned(self) -> bool:
+        return "scale" in self._parameters
+
+    @property
+    def q(self) -> QTensor:
+        """The QTensor around the module's present tensors: the same one as long as they are, so that a kernel may
+        lay it out; differentiable in a learned scale."""
+        buffers = self._buffers
+        if self._held and all(buffers.get(name) is t for name, t in self._held):
+            return self._q
+        tensors = {name: getattr(self, attribute) for name, attribute in self._names.items()}
+        if self.learned:
+            tensors["scale"] = tensors["scale"].to(self._scale_dtype)
+            return self._q.with_tensors(tensors)
+        self._q = self._q.with_tensors(tensors)
+        self._held = tuple((self._names[name], t) for name, t in tensors.items())
+        return self._q
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codes:
+        """Follows `.to(device)`; a cast (`.half()`, `.to(dtype)`) leaves the parts as they are."""
+        self._q.canonical()
+        return super()._apply(lambda t: moved(t, fn), recurse)  # pyright: ignore[reportReturnType]
+
+    # What is copied, saved or read is in the canonical layout.
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._q.canonical()
+        return {**self.__dict__, "_held": ()}
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._q.canonical()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._q.canonical()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class Grid(nn.Module):
+    """The format that a weight is seen through, with its scales: found anew from the weight, or learned.
+
+    how: a search of halfbyte.kernels (min/max by default: cheap enough for every step). learned: a QParams to
+    start from; scale (and a zero point, where the format has one) are then float32 Parameters, and their
+    gradient is LSQ's, times 1/sqrt(n * 2^(b-1)) with n weights a scale (arXiv:1902.08153, section 2.2).
+    """
+
+    def __init__(self, format: Format, how: str = "minmax", learned: QParams | None = None) -> None:
+        super().__init__()
+        self.format, self.how = format, how
+        self.scale = nn.Parameter(learned.scale.float()) if learned else None
+        self.zero = nn.Parameter(learned.zero.float()) if learned and learned.zero is not None else None
+
+    def qparams(self, w: Tensor) -> QParams:
+        """The QParams for w: the one place that training, freezing and export ask."""
+        if self.scale is None:
+            return kernels.qparams(w.detach(), self.format, self.how)
+        damp = (w.numel() / self.scale.numel() * 2 ** (self.format.bits - 1)) ** -0.5
+        return QParams(_damped(self.scale, damp), None if self.zero is None else _damped(self.zero, damp))
+
+    def forward(self, w: Tensor) -> Tensor:
+        return kernels.fake(w, self.format, self.qparams(w))
+
+    def quantize(self, w: Tensor) -> QTensor:
+        return kernels.quantize(w, self.format, self.qparams(w))
+
+
+class _Damp(torch.autograd.Function):
+    """The value unchanged, its gradient times a number."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return p.view_as(p)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def _damped(p: Tensor, factor: float) -> Tensor:
+    return _Damp.apply(p, factor)  # pyright: ignore[reportReturnType]
+
+
+class Weight(nn.Module):
+    """What an op multiplies with. Two ops may share one: that is tying.
+
+    stored: a float Parameter (..., out, in), or Codes. adapters: by name; each has forward(x, y), delta().
+    grid: a Grid, or None.
+    """
+
+    stored: nn.Parameter | Codes
+    grid: Grid | None
+
+    def __init__(self, stored: nn.Parameter | Codes) -> None:
+        super().__init__()
+        self.stored = stored
+        self.adapters = nn.ModuleDict()
+        self.grid = None
+        self._seen: tuple[object, object, QTensor] | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.stored.q.shape) if isinstance(self.stored, Codes) else self.stored.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the value: codes count as the dtype of their source."""
+        return self.stored.q.dtype if isinstance(self.stored, Codes) else self.stored.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return (
+            next(iter([*self.stored.parameters(), *self.stored.buffers()])).device
+            if isinstance(self.stored, Codes)
+            else self.stored.device
+        )
+
+    @property
+    def format(self) -> Format | None:
+        """The format that the value ships in: the grid's, else that of the codes, if any."""
+        if self.grid is not None:
+            return self.grid.format
+        return self.stored.q.format if isinstance(self.stored, Codes) and not self.adapters else None
+
+    def store(self, value: Tensor | QTensor, learn: bool = False) -> None:
+        """Puts in a float tensor (as a frozen Parameter) or codes in place of what was stored."""
+        new = Codes(value, learn) if isinstance(value, QTensor) else nn.Parameter(value, requires_grad=False)
+        self._seen = None
+        del self.stored  # a Parameter and a module of one name would both stay registered
+        self.stored = new
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Weight:
+        self._seen = None  # a cast changes tensors without counting it
+        return super()._apply(fn, recurse)  # pyright: ignore[reportReturnType]
+
+    def base(self) -> Tensor:
+        """stored as a float tensor; differentiable where it is trained."""
+        if not isinstance(self.stored, Codes):
+            return self.stored
+        return self.stored.q.dequantize() if self.stored.learned else kernels.dequantize(self.stored.q)
+
+    def sum(self) -> Tensor:
+        """stored + adapters, added in float32 and rounded once to the weight's dtype."""
+        w = self.base()
+        if not self.adapters:
+            return w
+        total = w.float()
+        for adapter in self.adapters.values():
+            total = total + adapter.delta().float()  # pyright: ignore[reportCallIssue]
+        return total.to(w.dtype)
+
+    def value(self) -> Tensor:
+        """grid(stored + adapters), in the weight's dtype."""
+        return self.sum() if self.grid is None else self.grid(self.sum())
+
+    def frozen(self) -> QTensor:
+        """The value as codes: those stored, or what the grid makes of the sum. Quantized once and kept until a
+        tensor that it came from changes. Raises InputError if the weight has neither."""
+        if self.grid is None:
+            if isinstance(self.stored, Codes) and not self.adapters:
+                return self.stored.q
+            raise InputError("this weight is a float: it has no codes.")
+        sources = [*self.parameters(), *self.buffers()]
+        if any(t.is_inference() for t in sources):  # these do not count their changes
+            return self.grid.quantize(self.sum())
+        state = (id(self.grid), self.grid.how, *((id(t), t._version, t.data_ptr()) for t in sources))
+        if self._seen is None or self._seen[0] != state:
+            with torch.no_grad():
+                # the sources are held so that nothing else can take their ids
+                self._seen = (state, (self.grid, sources), self.grid.quantize(self.sum()))
+        return self._seen[2]
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Folds the adapters into a float weight: dequantized, where it was codes. The grid stays."""
+        if self.adapters:
+            self.store(self.sum().clone())
+            self.adapters.clear()
+
+    @torch.no_grad()
+    def dequantize(self) -> None:
+        """Makes floats of stored codes."""
+        if isinstance(self.stored, Codes):
+            self.store(self.base().detach())
+
+    @torch.no_grad()
+    def freeze(self, q: QTensor | None = None) -> None:
+        """Makes codes of the value: q, or what the weight's own grid gives. Grid and adapters are gone after."""
+        self.store(q if q is not None else self.frozen())
+        self.grid, self._seen = None, None
+        self.adapters.clear()
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.shape)}, {self.format or self.dtype}"
