@@ -25,9 +25,10 @@ test: setup
 # cache, where one may lie that was made for this very machine, and its code for AMX crashed where it was tried.
 WHEELS ?= $(HOME)/.cache/halfbyte/wheels
 LLAMA := llama-cpp-python==0.3.36
+GGML ?= -DGGML_NATIVE=OFF
 
 readers: setup
-	ls $(WHEELS)/llama_cpp_python-0.3.36-*.whl >/dev/null 2>&1 || CMAKE_ARGS="-DGGML_NATIVE=OFF" \
+	ls $(WHEELS)/llama_cpp_python-0.3.36-*.whl >/dev/null 2>&1 || CMAKE_ARGS="$(GGML)" \
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-cache-dir --no-deps -w $(WHEELS) $(LLAMA)
 	$(BIN)/pip install --quiet --disable-pip-version-check --find-links $(WHEELS) -c constraints.txt -e '.[readers]'
 

@@ -78,7 +78,7 @@ def as_imatrix(path: Path, squares: Mapping[str, Tensor]) -> Path:
     tensors = {f"{n}.in_sum2": s[None] for n, s in squares.items()}
     tensors |= {f"{n}.counts": torch.ones(1, 1) for n in squares}
     heads = {n: ("f32", tuple(t.shape)) for n, t in tensors.items()}
-    write_gguf(path, {"general.type": "imatrix"}, heads, tensors.items())
+    write_gguf(path, {"general.architecture": "imatrix", "general.type": "imatrix"}, heads, tensors.items())
     return path
 
 

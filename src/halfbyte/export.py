@@ -81,7 +81,7 @@ class Found:
     calibration: Any = None
     samples: int = 32
     imatrix: str | Path | None = None
-    inputs: str = "minmax"
+    inputs: str = "mse"
 
     @property
     def needs_model(self) -> bool:

@@ -63,14 +63,18 @@ def method_steps(method: str, to: Any, train: Mapping[str, Any], adapt: Mapping[
     return made.steps(to, own, rest)
 
 
-def merge_steps(run: Run, to: Any = None, base: str = "trained", group_size: int | None = None) -> list[Step]:
-    """Merge, then what makes codes: the scheme given, or the grid that the run was trained through."""
+def merge_steps(
+    run: Run, to: Any = None, base: str = "trained", group_size: int | None = None, **settings: Any
+) -> list[Step]:
+    """Merge, then what makes codes: the scheme given, with further settings of Freeze, or the grid that the run was
+    trained through."""
     gridded = any(w.grid is not None for w in weights(run.model).values())
     if to is None:
         return [Merge(base=base), *([Freeze()] if gridded else [])]
+    freeze = Freeze(scheme=to, group_size=group_size, **settings)
     for w in weights(run.model).values():
         w.grid = None
-    return [Merge(base=base), Freeze(scheme=to, group_size=group_size)]
+    return [Merge(base=base), freeze]
 
 
 _FILES = ("data", "eval_data", "calibration")  # the fields of steps that name files to read

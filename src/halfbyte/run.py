@@ -243,7 +243,7 @@ def see_through(run: Run, chosen: Scheme | Mix, how: str = "minmax") -> None:
 @torch.no_grad()
 def freeze(
     run: Run, chosen: Scheme | Mix, by: Solver, batches: list[data.Batch] | None = None,
-    on_block: Callable[[int, int], None] = lambda done, total: None, keep: bool = False, inputs: str = "minmax",
+    on_block: Callable[[int, int], None] = lambda done, total: None, keep: bool = False, inputs: str = "mse",
     squares: Mapping[str, Tensor] | None = None, on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:  # fmt: skip
     """Makes codes of every weight that the scheme quantizes, but of those that are such codes already; with `keep`, of

@@ -123,7 +123,7 @@ class Freeze(Step):
     calibration: Any = None
     samples: Positive = 32
     imatrix: str | Path | None = None
-    inputs: str = "minmax"
+    inputs: str = "mse"
     on_block: Any = None
     on_batch: Any = None
 

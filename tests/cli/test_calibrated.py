@@ -106,6 +106,21 @@ def test_codes_on_another_grid_are_not_solved_again_unasked(halfbyte, refused, t
     assert halfbyte(*again, tmp_path / "a.gguf", "--requantize").status == 0
 
 
+def test_a_merge_is_quantized_by_text_too(halfbyte, refused, tiny_llama, text, tmp_path):
+    adapter = tmp_path / "adapter"
+    said = halfbyte(
+        "train", tiny_llama, "--data", text, "--method", "lora", "--steps", 1, "--max-length", 32, "-o", adapter
+    )
+    assert said.status == 0, said.err
+    merge = ("merge", adapter, "--solver", "gptq", "--calibration", text, "--samples", 2)
+    refused(*merge, "-o", tmp_path / "out", words="--to")
+    assert halfbyte("merge", adapter, "--to", "W4A16", "-o", tmp_path / "plain").status == 0
+    for out in ("out", "out.gguf"):
+        said = halfbyte(*merge, "--to", "W4A16" if out == "out" else "Q4_0", "--no-verify", "-o", tmp_path / out)
+        assert said.status == 0, said.err
+    assert differ(tmp_path / "plain", tmp_path / "out")
+
+
 def test_an_adapter_onto_codes_that_text_found_is_refused_before_the_work(
     halfbyte, refused, tiny_llama, text, tmp_path
 ):

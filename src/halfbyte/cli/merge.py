@@ -7,7 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from halfbyte.cli.console import GroupSize, Json, NoVerify, Output, Overwrite, emit, progress, say
+from halfbyte.cli.console import (
+    Calibration,
+    GroupSize,
+    Imatrix,
+    Json,
+    NoVerify,
+    Output,
+    Overwrite,
+    Samples,
+    SolverName,
+    emit,
+    progress,
+    say,
+)
 
 
 def command(
@@ -15,6 +28,10 @@ def command(
     output: Output,
     to: Annotated[str | None, typer.Option(help="Quantize the result; a QAT-LoRA run takes its own scheme.")] = None,
     group_size: GroupSize = None,
+    solver: SolverName = "rtn",
+    calibration: Calibration = None,
+    samples: Samples = 32,
+    imatrix: Imatrix = None,
     base: Annotated[
         str, typer.Option(help="trained: what the adapter was trained on; original: the 16-bit one.")
     ] = "trained",
@@ -27,17 +44,22 @@ def command(
 ) -> None:
     """Fold an adapter into its base, and measure the difference to the unmerged model."""
     from halfbyte import export, run
+    from halfbyte.errors import InputError
     from halfbyte.folders import FILES, check_free, whole
     from halfbyte.recipe import merge_steps
     from halfbyte.run import disk_bytes, to_scheme
 
-    check_free(output, overwrite, adapter, data)
+    check_free(output, overwrite, adapter, data, calibration, imatrix)
+    found = export.Found(solver, calibration, samples, imatrix)
+    if to is None and found.needs_model:
+        raise InputError("--solver, --calibration and --imatrix are of a scheme to quantize to: add --to SCHEME.")
     scheme = None if to is None else export.chosen(to) if output.suffix in FILES else to_scheme(to, group_size)
     merged = run.load(adapter)
     if scheme is not None and output.suffix not in FILES:
         merged.holds(scheme)
     text = data or _recorded(merged.notes)
-    for step in merge_steps(merged, scheme, base):
+    settings = {} if to is None else {**vars(found), "on_block": progress("block")}
+    for step in merge_steps(merged, scheme, base, **settings):
         step(merged)
     name = output.resolve().name
     if output.suffix in FILES:

@@ -61,12 +61,12 @@ def command(
         say(f"--input-search is not used: {scheme.name} has no scales of inputs to find.")
     summary: dict[str, Any] = {"output": str(output), "scheme": scheme.name, "solver": solver}
     if output.suffix in FILES:
-        found = export.Found(solver, calibration, samples, imatrix, input_search or "minmax")
+        found = export.Found(solver, calibration, samples, imatrix, input_search or "mse")
         summary |= _to_file(model, output, to, found, no_verify, dtype, revision, overwrite)
     else:
         freeze = Freeze(
             scheme=scheme, solver=solver, calibration=calibration, samples=samples, imatrix=imatrix,
-            inputs=input_search or "minmax",
+            inputs=input_search or "mse",
         )  # fmt: skip
         loaded = run.load(model, dtype, revision)
         entries = plan(loaded.model, scheme)

@@ -90,10 +90,11 @@ def refitted(w: Tensor, q: QTensor, h: Tensor) -> QTensor:
 
 
 def _least_squares(w: Tensor, v: Tensor, added: bool, h: Tensor) -> Tensor:
-    """Scales, and zeros that are added, of rows w (rows, in) of grid values v (rows, groups, n): (rows, 1 or 2, groups).
+    """Scales, and zeros that are added, of rows w (rows, in), whose grid values are v (rows, groups, n):
+    (rows, 1 or 2, groups).
 
-    The row is a sum of k vectors, each group's grid values (and its ones) with 0 elsewhere, times what is sought;
-    their products through H are the equations.
+    A row is a sum of k vectors, each group's grid values (and its ones) with 0 elsewhere, times what is sought; their
+    products through H are the equations.
     """
     rows, groups, n = v.shape
     basis = [v, torch.ones_like(v)] if added else [v]
