@@ -13,7 +13,7 @@ from halfbyte.errors import InputError
 from halfbyte.formats import Format, parse
 from halfbyte.qtensor import QParams, QTensor
 from halfbyte.scheme import static
-from halfbyte.weight import Codes, Grid, Weight, moved
+from halfbyte.weight import Codes, Grid, Weight, moved, needs_base
 
 __all__ = ["OPS", "Codes", "Embedding", "Grid", "Linear", "Op", "Weight", "ops", "swap", "weights"]
 
@@ -82,20 +82,24 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight
-        codes = self._codes()
         if self._input is not None:
             f, p = self._rounding(x, self._input)
-            if codes is not None and not w.adapters and not torch.is_grad_enabled():
+            codes = None if w.adapters or torch.is_grad_enabled() else self._codes()
+            if codes is not None:
                 return kernels.linear(kernels.quantize(x, f, p), codes, self.bias)
             x = kernels.fake(x, f, p)
-        if codes is not None:
-            y = kernels.linear(x, codes, self.bias)
-        else:
-            y = F.linear(x, (w.base() if w.grid is None else w.value()).to(x.dtype), self.bias)
+        y = self.product(x, self.bias)
         if w.grid is None:
             for adapter in w.adapters.values():
-                y = adapter(x, y)
+                y = adapter(x, y, self) if needs_base(adapter) else adapter(x, y)
         return y
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (..., in) times what is stored, or what the grid makes of the weight, plus bias: (..., out)."""
+        w = self.weight
+        if (codes := self._codes()) is not None:
+            return kernels.linear(x, codes, bias)
+        return F.linear(x, (w.base() if w.grid is None else w.value()).to(x.dtype), bias)
 
     def _codes(self) -> QTensor | None:
         """What can be multiplied as codes: frozen ones, and in eval what a grid makes of the value."""

@@ -127,11 +127,16 @@ def _damped(p: Tensor, factor: float) -> Tensor:
     return _Damp.apply(p, factor)  # pyright: ignore[reportReturnType]
 
 
+def needs_base(adapter: nn.Module) -> bool:
+    """Whether what an adapter adds depends on what is stored, which it is then given."""
+    return getattr(adapter, "needs_base", False)
+
+
 class Weight(nn.Module):
     """What an op multiplies with. Two ops may share one: that is tying.
 
-    stored: a float Parameter (..., out, in), or Codes. adapters: by name; each has forward(x, y), delta().
-    grid: a Grid, or None.
+    stored: a float Parameter (..., out, in), or Codes. adapters: by name; each has forward(x, y), delta(), or with
+    `needs_base` forward(x, y, op), delta(base). grid: a Grid, or None.
     """
 
     stored: nn.Parameter | Codes
@@ -192,7 +197,8 @@ class Weight(nn.Module):
             return w
         total = w.float()
         for adapter in self.adapters.values():
-            total = total + adapter.delta().float()  # pyright: ignore[reportCallIssue]
+            of = (w,) if needs_base(adapter) else ()
+            total = total + adapter.delta(*of).float()  # pyright: ignore[reportCallIssue]
         return total.to(w.dtype)
 
     def value(self) -> Tensor:

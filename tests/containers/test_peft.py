@@ -20,24 +20,36 @@ SETTINGS = [
     {"r": 4, "lora_alpha": 8},
     {"r": 2, "lora_alpha": 3.5, "use_rslora": True},
     {"r": 3, "lora_alpha": 6, "lora_dropout": 0.5},
+    {"r": 4, "lora_alpha": 8, "use_dora": True},
+    {"r": 3, "lora_alpha": 5, "use_dora": True, "use_rslora": True, "lora_dropout": 0.5},
 ]
 
 
 def adapted(base, **settings):
-    """A run with adapters whose B is not zero, as after training."""
+    """A run with adapters whose B is not zero, nor m what it was, as after training."""
     made = run.load(base)
     Adapt(**settings)(made)
     with torch.no_grad():
         for adapter in attached(made.model).values():
             adapter.lora_B.normal_(std=0.05)
+            if settings.get("use_dora"):
+                shake(adapter.lora_magnitude_vector)
     made.model.eval()
     return made
+
+
+def shake(m):
+    m.mul_(1 + 0.2 * torch.randn_like(m))
 
 
 def written_by_peft(base, out, **settings):
     """A folder that PEFT wrote, and the logits of its model."""
     model = AutoModelForCausalLM.from_pretrained(base)
     wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings)).eval()
+    with torch.no_grad():
+        for name, p in wrapped.named_parameters():
+            if "lora_magnitude_vector" in name:
+                shake(p)
     wrapped.save_pretrained(out, save_embedding_layers=False)  # "auto" would add the whole head, where it is adapted
     return logits(wrapped)
 
@@ -78,9 +90,10 @@ def test_transformers_own_loader_takes_our_folder(tmp_path):
     torch.testing.assert_close(logits(model.eval()), logits(made.model), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_we_wrote_comes_back_bit_for_bit(tmp_path, dtype):
-    made = adapted(folder(tmp_path / "base", dtype=dtype), **SETTINGS[1])
+def test_what_we_wrote_comes_back_bit_for_bit(tmp_path, dtype, settings):
+    made = adapted(folder(tmp_path / "base", dtype=dtype), **settings)
     out = recipe.save(made, tmp_path / "adapter")
     tensors = load_file(out / "adapter_model.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.float32}
@@ -111,7 +124,6 @@ def test_target_modules_are_endings_where_these_meet_just_the_adapted_layers(tmp
 @pytest.mark.parametrize(
     ("key", "settings"),
     [
-        ("use_dora", {"use_dora": True}),
         ("modules_to_save", {"modules_to_save": ["lm_head"]}),
         ("rank_pattern", {"rank_pattern": {"q_proj": 2}}),
         ("alpha_pattern", {"alpha_pattern": {"q_proj": 2}}),
@@ -197,6 +209,49 @@ def test_broken_tensors_are_refused_by_name(tmp_path, change, says):
     save_file(tensors, out / "adapter_model.safetensors")
     with pytest.raises(InputError, match=says):
         run.load(out)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_dora_has_the_tensors_that_peft_gives_it(tmp_path, name):
+    """And PEFT, saving what it read of ours, writes the same numbers under the same names."""
+    base = folder(tmp_path / "base", name)
+    out = recipe.save(adapted(base, r=4, use_dora=True), tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out)
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    ours, again = (load_file(p / "adapter_model.safetensors") for p in (out, tmp_path / "theirs"))
+    assert ours.keys() == again.keys()
+    assert all(torch.equal(ours[n], again[n]) for n in ours)
+    assert {n.rpartition(".lora_")[2] for n in ours} == {"A.weight", "B.weight", "magnitude_vector"}
+    for path in (out, tmp_path / "theirs"):
+        assert json.loads((path / "adapter_config.json").read_text())["use_dora"] is True
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: t.pop(f"{Q}.lora_magnitude_vector"), "lacks lora_A or lora_B or lora_magnitude_vector"),
+        (lambda t: t.pop(f"{Q}.lora_B.weight"), "lacks lora_A or lora_B or lora_magnitude_vector"),
+        (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(63)}), r"lora_magnitude_vector has the shape"),
+        (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(1, 64)}), r"lora_magnitude_vector has the shape"),
+        (lambda t: t.update({f"{Q}.lora_magnitude": torch.ones(64)}), "not known"),
+    ],
+)
+def test_a_broken_dora_is_refused_by_name(tmp_path, change, says):
+    out = recipe.save(adapted(folder(tmp_path / "base"), r=4, use_dora=True), tmp_path / "adapter")
+    tensors = load_file(out / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, out / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=says):
+        run.load(out)
+
+
+def test_lora_and_dora_are_not_taken_for_each_other(tmp_path):
+    for use_dora, says in ((True, "magnitude_vector.* is not known"), (False, "lacks .*lora_magnitude_vector")):
+        base = folder(tmp_path / f"base-{use_dora}")
+        out = recipe.save(adapted(base, r=4, use_dora=use_dora), tmp_path / f"adapter-{use_dora}")
+        edit(out, use_dora=not use_dora)
+        with pytest.raises(InputError, match=says):
+            run.load(out)
 
 
 def test_adapters_in_pickle_files_are_not_read(tmp_path):

@@ -8,16 +8,21 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from halfbyte.adapters.dora import Dora
 from halfbyte.adapters.lora import Lora
 from halfbyte.errors import InputError
 from halfbyte.layers import Linear, Weight, ops
 
 
 class Adapter(Protocol):
-    """An nn.Module with these; made from a Weight and keyword settings, computing nothing at first."""
+    """An nn.Module with these; made from a Weight and keyword settings, computing nothing at first.
+
+    One whose `needs_base` is True is given what it adapts: forward(x, y, op) gets the Linear, for its bias, weight and
+    product(x); delta(base) gets what is stored, a float (out, in). It keeps neither.
+    """
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """y, the product of x (..., in) with what is stored, to which the adapter adds its own."""
+        """y, the product of x (..., in) with what is stored plus the bias, to which the adapter adds its own."""
         ...
 
     def delta(self) -> Tensor:
@@ -33,7 +38,12 @@ class Adapter(Protocol):
         ...
 
 
-ADAPTERS: dict[str, Callable[..., nn.Module]] = {"lora": Lora}
+def lora(weight: Weight, use_dora: bool = False, **settings: Any) -> nn.Module:
+    """LoRA, or DoRA where use_dora says so: to PEFT that is a setting of LoRA."""
+    return (Dora if use_dora else Lora)(weight, **settings)
+
+
+ADAPTERS: dict[str, Callable[..., nn.Module]] = {"lora": lora}
 NAME = "default"  # PEFT's name for the only adapter
 
 

@@ -13,8 +13,8 @@ from halfbyte.errors import InputError
 from halfbyte.layers import Weight
 
 
-class Lora(nn.Module):
-    """The low-rank adapter of one weight. A and B are float32, whatever the model's dtype.
+class LowRank(nn.Module):
+    """A and B for one weight, and their settings. Both are float32, whatever the model's dtype.
 
     use_rslora: s = lora_alpha / sqrt(r) (arXiv:2312.03732). Raises InputError for a rank below 1.
     """
@@ -39,11 +39,15 @@ class Lora(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(out_features, r, device=weight.device, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        h = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A.to(x.dtype))
-        return y + F.linear(h, self.lora_B.to(x.dtype)) * self.scaling
+    def dropped(self, x: Tensor) -> Tensor:
+        """x (..., in), with dropout in training."""
+        return F.dropout(x, self.lora_dropout, self.training)
 
-    def delta(self) -> Tensor:
+    def factored(self, x: Tensor) -> Tensor:
+        """B (A x), without s: (..., out), in x's dtype."""
+        return F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+
+    def low_rank(self) -> Tensor:
         """s B A, float32 (out, in)."""
         return self.scaling * (self.lora_B.float() @ self.lora_A.float())
 
@@ -57,4 +61,16 @@ class Lora(nn.Module):
             "lora_alpha": self.lora_alpha,
             "lora_dropout": self.lora_dropout,
             "use_rslora": self.use_rslora,
+            "use_dora": False,
         }
+
+
+class Lora(LowRank):
+    """The low-rank adapter of one weight."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.factored(self.dropped(x)) * self.scaling
+
+    def delta(self) -> Tensor:
+        """s B A, float32 (out, in)."""
+        return self.low_rank()

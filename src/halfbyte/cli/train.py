@@ -51,6 +51,7 @@ def command(
     lora_alpha: float = 32,
     lora_dropout: float = 0.0,
     use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by alpha / sqrt(r).")] = False,
+    use_dora: Annotated[bool, typer.Option("--use-dora", help="DoRA: train the norms of rows too.")] = False,
     target_modules: Annotated[str, typer.Option(help="all-linear, a comma-separated list, or a regex.")] = "all-linear",
     adapter: Annotated[str | None, typer.Option(help="Go on from this adapter folder.")] = None,
     dtype: Dtype = None,
@@ -86,6 +87,7 @@ def command(
     }  # fmt: skip
     adapt: dict[str, Any] = {
         "r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "use_rslora": use_rslora,
+        "use_dora": use_dora,
         "target_modules": target_modules.split(",") if "," in target_modules else _one(target_modules),
         "path": adapter,
     }  # fmt: skip

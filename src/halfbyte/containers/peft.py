@@ -17,7 +17,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # What PEFT writes that changes what an adapter computes, and the value that means it does not.
 _NEUTRAL: dict[str, Any] = {
-    "bias": "none", "use_dora": False, "lora_bias": False, "use_qalora": False, "megatron_config": None,
+    "bias": "none", "lora_bias": False, "use_qalora": False, "megatron_config": None,
     "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "layer_replication": None,
     "trainable_token_indices": None, "target_parameters": None, "alora_invocation_tokens": None,
     "corda_config": None, "arrow_config": None, "exclude_modules": None, "layers_to_transform": None,
@@ -29,7 +29,7 @@ _SILENT = {
     "lora_ga_config", "ensure_weight_tying", "qalora_group_size",
 }  # fmt: skip
 _STARTS = (True, False, "gaussian", "orthogonal", "eva")  # init_lora_weights that leave the base as it is
-_SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora")
+_SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
 
 
 def write(
@@ -77,13 +77,14 @@ def read(folder: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, Tensor]
         raise InputError(f"{folder / CONFIG}: {(wrong or ['r'])[0]} should be a number.")
     if not (folder / WEIGHTS).exists():
         raise InputError(f"{folder / WEIGHTS} is missing; adapters in pickle files are not read.")
+    keys = ["lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector"] if settings.get("use_dora") else [])]
     shards = Shards([folder / WEIGHTS])
     out: dict[str, dict[str, Tensor]] = {}
     for name in shards:
         stem, _, key = name.removeprefix(_PREFIX).rpartition(".lora_")
-        if not name.startswith(_PREFIX) or key not in ("A.weight", "B.weight"):
+        if not name.startswith(_PREFIX) or f"lora_{key}" not in keys:
             raise InputError(f"{folder / WEIGHTS}: the tensor {name!r} is not known to halfbyte.")
         out.setdefault(stem, {})[f"lora_{key}"] = shards.get(name)
-    if bad := [n for n, t in out.items() if len(t) != 2]:
-        raise InputError(f"{folder / WEIGHTS}: {bad[0]} lacks lora_A or lora_B.")
+    if bad := [n for n, t in out.items() if len(t) != len(keys)]:
+        raise InputError(f"{folder / WEIGHTS}: {bad[0]} lacks {' or '.join(k.removesuffix('.weight') for k in keys)}.")
     return base, settings, out

@@ -35,6 +35,8 @@ def refuses(job: Job) -> str | None:
     found = adapters.attached(job.loaded.model)
     if not found:
         return "it is no adapter folder"
+    if any(a.settings().get("use_dora") for a in found.values()):
+        return "it is DoRA, of which llama.cpp's file of an adapter holds no norms: `halfbyte merge` it instead"
     try:
         list(_tensors(job))
     except InputError as e:
