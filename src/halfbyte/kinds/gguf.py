@@ -127,7 +127,7 @@ def weights_and_words(job: Job) -> list[str]:
 def _without_jinja(tokenizer: Any) -> str | None:
     """What llama.cpp takes for the chat template where it does not run the model's own, in words; None where that
     gives the same, or llama.cpp cannot be asked."""
-    if tokenizer is None or not tokenizer.chat_template or missing() is not None:
+    if tokenizer is None or not tokenizer.chat_template or not find_spec("llama_cpp"):
         return None
     template = gguf_tokenizer.templates(tokenizer.chat_template)["tokenizer.chat_template"]
     for chat, text in chats.rendered(tokenizer):
