@@ -60,7 +60,7 @@ def llama_cpp(source: Path, out: Path, mix: str, squares: Mapping[str, Tensor] |
 
 def ours(source: Path, out: Path, mix: str, **settings: Any) -> None:
     kind = kinds.KINDS["gguf"]
-    job = export.job(source, kind, mix, False, export.Found(**settings))
+    job = export.job(export.read(source), kind, mix, False, export.Found(**settings))
     export.export(source, job, kind, out, None)
 
 

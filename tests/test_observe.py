@@ -173,7 +173,9 @@ def test_exporting_a_folder_with_static_inputs(tmp_path):
     made.write(tmp_path / "static", "static")
     for to, format in (("compressed-tensors", None), ("compressed-tensors", "W8A8_STATIC"), ("hf", "F32")):
         kind, out = KINDS[to], tmp_path / f"{to}-{format}"
-        export.export(tmp_path / "static", export.job(tmp_path / "static", kind, format, True), kind, out, None)
+        export.export(
+            tmp_path / "static", export.job(export.read(tmp_path / "static"), kind, format, True), kind, out, None
+        )
         held = Shards.of_folder(out)
         assert sum(n.endswith("input_scale") for n in held) == (14 if to == "compressed-tensors" else 0)
         again = run.load(out)

@@ -72,7 +72,7 @@ def read(
     return models.load(source, dtype, revision, weights=False)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Found:
     """How codes are found while a model is exported: the settings of a Freeze step. With none of them each weight is
     rounded by itself, while it is written."""
@@ -90,20 +90,19 @@ class Found:
 
 
 def job(
-    source: str | Path, kind: Kind, format: str | None, requantize: bool, found: Found | None = None,
-    dtype: torch.dtype | None = None, revision: str | None = None, say: Say = lambda line: None,
+    loaded: Loaded, kind: Kind, format: str | None, requantize: bool, found: Found = Found(),
+    revision: str | None = None, say: Say = lambda line: None,
     on_block: Callable[[int, int], None] | None = None,
 ) -> Job:  # fmt: skip
-    """Reads MODEL and prepares it, its weights quantized in memory first where `found` asks for that. Raises InputError
-    as `prepare` does."""
-    loaded = read(source, dtype, revision, kind.ADAPTERS)
-    if found is None or not found.needs_model:
+    """Prepares what `read` gave; where `found` asks for it, the model is first read again, with its weights, and
+    quantized in memory. Raises InputError as `prepare` does."""
+    if not found.needs_model:
         return prepare(loaded, kind, format, requantize, say)
     if format is None or format.upper() in FLOATS:
         raise InputError(f"--solver, --calibration and --imatrix are of a --format to quantize to, not of {format}.")
     freeze = Freeze(scheme=chosen(format), on_block=on_block, **vars(found))
     prepare(loaded, kind, format, requantize)  # what cannot be is refused before the work
-    made = run.load(source, dtype, revision)
+    made = run.load(loaded.source, loaded.config.dtype, revision)
     freeze(made)
     return prepare(made.loaded, kind, None, False, say)
 

@@ -420,12 +420,12 @@ def test_ops_that_share_inputs_may_have_scales_of_their_own(tmp_path):
 def test_a_float_model_is_calibrated_before_it_is_exported(tmp_path):
     """At once, or refused before anything is written."""
     base = miniatures.folder(tmp_path / "base", words=True, **WEAK)
-    job = export.job(base, kind, "W8A8_STATIC", False)
+    job = export.job(export.read(base), kind, "W8A8_STATIC", False)
     with pytest.raises(InputError, match=r"no scale for the inputs of model.* found on text: add --calibration FILE"):
         export.export(base, job, kind, tmp_path / "m.onnx", None)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
     found = export.Found(calibration=TEXT, inputs="mse")
-    job = export.job(base, kind, "W8A8_STATIC", False, found)
+    job = export.job(export.read(base), kind, "W8A8_STATIC", False, found)
     done = export.export(base, job, kind, tmp_path / "m.onnx", export.Proof(TEXT, 2, 64))
     assert abs(done.rows[0][1]["kl_mean"]) < 1e-6
     assert 0 < done.rows[1][1]["kl_mean"] < 0.02
@@ -497,13 +497,13 @@ def test_both_files_are_measured_and_replaced_together(tmp_path, monkeypatch):
     out = tmp_path / "m.onnx"
 
     def write(format, overwrite=True, proof=None):
-        job = export.job(base, kind, format, False)
+        job = export.job(export.read(base), kind, format, False)
         return export.export(base, job, kind, out, proof, overwrite)
 
     done = write("W4A16", False, export.Proof(TEXT, 2, 64))
     assert abs(done.rows[0][1]["kl_mean"]) < 1e-6
     assert done.rows[0][1]["bytes"] == out.stat().st_size + (tmp_path / "m.onnx.data").stat().st_size
-    assert any("NAME.data" in r for r in kind.remarks(export.job(base, kind, None, False)))
+    assert any("NAME.data" in r for r in kind.remarks(export.job(export.read(base), kind, None, False)))
     there = sorted(p.name for p in tmp_path.iterdir())
     assert there == ["base", "m.ledger.json", "m.onnx", "m.onnx.data"]
     before = {p: p.read_bytes() for p in (out, tmp_path / "m.onnx.data")}

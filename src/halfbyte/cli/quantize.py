@@ -59,15 +59,12 @@ def command(
         say(f"--calibration is not used: {by.name} takes none.")
     if input_search is not None and not scheme.static:
         say(f"--input-search is not used: {scheme.name} has no scales of inputs to find.")
+    found = export.Found(solver, calibration, samples, imatrix, input_search or export.Found.inputs)
     summary: dict[str, Any] = {"output": str(output), "scheme": scheme.name, "solver": solver}
     if output.suffix in FILES:
-        found = export.Found(solver, calibration, samples, imatrix, input_search or "mse")
         summary |= _to_file(model, output, to, found, no_verify, dtype, revision, overwrite)
     else:
-        freeze = Freeze(
-            scheme=scheme, solver=solver, calibration=calibration, samples=samples, imatrix=imatrix,
-            inputs=input_search or "mse",
-        )  # fmt: skip
+        freeze = Freeze(scheme=scheme, **vars(found))
         loaded = run.load(model, dtype, revision)
         entries = plan(loaded.model, scheme)
         say(f"{model} -> {scheme.name} by {by.says}:")
@@ -103,10 +100,11 @@ def _to_file(
     from halfbyte.run import parse_dtype
 
     target = kind(None, output)
-    entries = plan(export.read(model, parse_dtype(dtype), revision).model, export.chosen(to))
+    loaded = export.read(model, parse_dtype(dtype), revision)
+    entries = plan(loaded.model, export.chosen(to))
     say(f"{model} -> {to} by {solvers.solver(found.solver).says}:")
     show_plan(entries)
-    job = export.job(model, target, to, True, found, parse_dtype(dtype), revision, say, progress("block"))
+    job = export.job(loaded, target, to, True, found, revision, say, progress("block"))
     job.on_tensor = progress("tensor")
     done = export.export(model, job, target, output, None if no_verify else export.Proof(), overwrite, say)
     n, before, _ = totals(entries)

@@ -286,20 +286,28 @@ class Weights:
 
     def _integers(self, op: Linear, f: Format, x: str) -> str:
         """A product of 8-bit integers: x rounded by tokens, a weight by channel."""
-        g, name = self.graph, self.names[id(op.weight)]
-        codes, scale = f"{name}.codes", f"{name}.scale"
-        held: dict[str, Held] = {codes: (torch.uint8, (op.in_features, op.out_features)),
-                                 scale: (torch.float32, (op.out_features,))}  # fmt: skip
-
-        def read() -> list[Tensor]:
-            q = self._codes(name, f)
-            return [q.codes.T, q.qparams.scale.reshape(-1)]
-
-        self._once(f"{name}.weight", lambda: g.hold(held, read))
+        g = self.graph
+        codes, scale = self._by_channel(op, f, torch.uint8)
         rows, step = self._round(x)
         middle = g.constant(torch.tensor(128, dtype=torch.uint8))
         sums = g("Cast", g("MatMulInteger", rows, codes, middle, middle), to=TensorProto.FLOAT)
         return g.narrow(g("Mul", g("Mul", sums, step), scale))
+
+    def _by_channel(self, op: Linear, f: Format, dtype: torch.dtype) -> tuple[str, str]:
+        """A weight's codes (in, out), uint8 around 128 or int8, and its scales, float32 (out,)."""
+        name = self.names[id(op.weight)]
+        codes, scale = f"{name}.codes", f"{name}.scale"
+        held: dict[str, Held] = {codes: (dtype, (op.in_features, op.out_features)),
+                                 scale: (torch.float32, (op.out_features,))}  # fmt: skip
+
+        def read() -> list[Tensor]:
+            q = self._codes(name, f)
+            # two's complement is the offset code with its highest bit turned
+            value = q.codes if dtype == torch.uint8 else (q.codes ^ 128).view(torch.int8)
+            return [value.T, q.qparams.scale.reshape(-1)]
+
+        self._once(f"{name}.weight", lambda: self.graph.hold(held, read))
+        return codes, scale
 
     def _round(self, x: str) -> tuple[str, str]:
         """x as `layers.Linear` rounds it: codes uint8 around 128, as the weight's are, since onnxruntime's products of
@@ -319,17 +327,8 @@ class Weights:
     def _seen_through(self, op: Linear, f: Format, x: str) -> str:
         """A product of floats that were 8-bit integers, x by one scale for all and a weight by channel: what runs it
         sees that, and multiplies the integers."""
-        g, name = self.graph, self.names[id(op.weight)]
-        codes, scale = f"{name}.codes", f"{name}.scale"
-        held: dict[str, Held] = {codes: (torch.int8, (op.in_features, op.out_features)),
-                                 scale: (torch.float32, (op.out_features,))}  # fmt: skip
-
-        def read() -> list[Tensor]:
-            q = self._codes(name, f)
-            # two's complement is the offset code with its highest bit turned
-            return [(q.codes ^ 128).view(torch.int8).T, q.qparams.scale.reshape(-1)]
-
-        self._once(f"{name}.weight", lambda: g.hold(held, read))
+        g = self.graph
+        codes, scale = self._by_channel(op, f, torch.int8)
         w = g("DequantizeLinear", codes, scale, axis=1)
         return g.narrow(g("MatMul", self._round_by(op, x), w))
 

@@ -32,7 +32,4 @@ def quantize(w: Tensor, f: Format, squares: Tensor | None = None) -> QTensor:
 
 def weighed(w: Tensor, f: Format, squares: Tensor) -> QParams:
     """Scales by the least sum of squared errors, each times the mean square of its input."""
-    return kernels.qparams(w, f, HOW, squares)
-
-
-HOW = "mse"
+    return kernels.qparams(w, f, "mse", squares)
