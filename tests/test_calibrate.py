@@ -7,7 +7,7 @@ from halfbyte import InputError, calibrate, data, kernels, models, run
 from halfbyte.formats import parse
 from halfbyte.layers import Codes, ops
 from halfbyte.models import roles
-from halfbyte.solvers import Solver, rtn, solver
+from halfbyte.solvers import Solver, gptq, rtn, solver
 from miniatures import folder, logits, tokenizer
 
 INT4 = parse("int4-g32")
@@ -68,11 +68,11 @@ def test_each_block_is_solved_on_what_the_quantized_ones_before_it_give(tmp_path
     calibrate.freeze(model, wanted, Solver("watch", solve, True, ""), batches())
     assert [n for _, _, names in calls for n in names] == list(wanted)
     assert len(calls) == 2
-    assert [t.shape for t in calls[0][1]] == [t.shape for t in calls[1][0]]
+    assert [t.shape for t in calls[0][1]] == [call.x.shape for call in calls[1][0]]
     quantized_outputs = hidden(model, 0)
-    for ours, target, after in zip(calls[1][0], calls[0][1], quantized_outputs, strict=True):
-        assert torch.equal(ours, after)
-        assert not torch.equal(ours, target)
+    for call, target, after in zip(calls[1][0], calls[0][1], quantized_outputs, strict=True):
+        assert torch.equal(call.x, after)
+        assert not torch.equal(call.x, target)
     for target, before in zip(calls[0][1], float_outputs, strict=True):
         assert torch.equal(target, before)
 
@@ -89,7 +89,7 @@ def hidden(model, block: int):
     return out
 
 
-def test_weights_outside_the_blocks_are_rounded_to_nearest_whatever_the_solver(tmp_path):
+def test_weights_outside_the_blocks_are_solved_for_what_the_quantized_blocks_feed_them(tmp_path):
     model = models.load(folder(tmp_path / "m", "llama-untied")).model
     head = model.lm_head.weight.value().clone()
     asked = []
@@ -100,8 +100,9 @@ def test_weights_outside_the_blocks_are_rounded_to_nearest_whatever_the_solver(t
 
     calibrate.freeze(model, chosen(model, "linear", "head"), Solver("watch", solve, True, ""), batches())
     assert "lm_head" not in asked
-    squares = fed(model, "lm_head").square().mean(0)  # by the quantized blocks
-    torch.testing.assert_close(model.lm_head.weight.value(), rtn.quantize(head, INT4, squares).dequantize())
+    x = fed(model, "lm_head")  # by the quantized blocks
+    expected = gptq.quantize(head, INT4, x.T @ x / len(x))
+    torch.testing.assert_close(model.lm_head.weight.value(), expected.dequantize())
 
 
 def fed(model, name):

@@ -2,19 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from halfbyte.data import Batch
 from halfbyte.errors import InputError
+from halfbyte.feed import Feed, moments, watching
 from halfbyte.formats import Format
-from halfbyte.layers import Linear, ops
+from halfbyte.layers import Op, ops
 from halfbyte.models import blocks
+from halfbyte.qtensor import QTensor
 from halfbyte.solvers import SOLVERS, Moments, Site, Solver
+
+__all__ = ["InMemory", "Store", "freeze", "moments"]
+
+
+class Store(Protocol):
+    """Where weights are while a model is quantized: whatever runs is brought in first, and let go after. Blocks are
+    told by their names; "" is all that lies outside of them."""
+
+    def bring(self, prefix: str) -> None: ...
+
+    def passing(self) -> AbstractContextManager[None]:
+        """Inside, what lies outside the blocks is there when it runs."""
+        ...
+
+    def found(self, prefix: str, formats: Mapping[str, Format]) -> dict[str, QTensor] | None:
+        """The codes that were kept of a block, by op's name; None if it is still to be solved."""
+        ...
+
+    def keep(self, prefix: str, codes: Mapping[str, QTensor]) -> None: ...
+
+    def let_go(self, prefix: str) -> None: ...
+
+
+class InMemory:
+    """The whole model is there, and stays."""
+
+    def bring(self, prefix: str) -> None: ...
+
+    def passing(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def found(self, prefix: str, formats: Mapping[str, Format]) -> dict[str, QTensor] | None: ...
+
+    def keep(self, prefix: str, codes: Mapping[str, QTensor]) -> None: ...
+
+    def let_go(self, prefix: str) -> None: ...
 
 
 def freeze(
@@ -24,149 +61,68 @@ def freeze(
     batches: list[Batch] | None = None,
     on_block: Callable[[int, int], None] = lambda done, total: None,
     squares: Mapping[str, Tensor] | None = None,
+    store: Store = InMemory(),
 ) -> None:
     """Makes codes of the named ops' weights, in place. A block is solved against the float model's outputs, fed
     with what the already quantized blocks before it give. A solver that can do without text, and only weighs by it, is
     told what the float model is fed. squares: op's name -> the mean squares of its inputs (in,), where they are known
     beforehand (an importance matrix).
 
-    Weights outside the blocks are rounded to nearest whatever the solver. Raises InputError if the solver needs
-    calibration and there is none.
+    Raises InputError if the solver needs calibration and there is none, or for a weight that holds NaN or infinity.
     """
     if solver.needs_data and not batches:
         raise InputError("this solver needs calibration text: add --calibration FILE.")
-    by_name = dict(ops(model))
-    groups = _by_block(model, chosen)
-    feed = _Feed(model, batches) if batches and solver.needs_data else None
+    by_name, named = dict(ops(model)), blocks(model)
     known = {n: Moments(s) for n, s in (squares or {}).items()}
-    if batches and feed is None and solver.uses:
-        known = moments(model, batches, list(chosen), solver.uses)
+    feed = None
+    if batches and (solver.needs_data or solver.uses):
+        if named:
+            store.bring(named[0][0])
+            with store.passing():
+                feed = Feed(model, [m for _, m in named], batches)
+        elif solver.needs_data:
+            raise InputError("this model has no list of blocks to calibrate one after the other.")
+        else:
+            known = moments(model, batches, list(chosen), solver.uses)
+    groups = _by_block([prefix for prefix, _ in named], chosen)
     for i, (prefix, names) in enumerate(groups):
-        block = model.get_submodule(prefix) if prefix else model
-        use = solver if prefix or not solver.needs_data else SOLVERS["rtn"]
-        inputs = targets = None
-        told = known
-        if feed is not None:
-            with _watching(model, names, use.uses) as seen:
-                targets = feed.run(block) if prefix else _run(model, batches or [])
-            inputs, told = feed.inputs if prefix else None, seen.moments()
-        sites = {n: Site(by_name[n], chosen[n], told.get(n)) for n in names}
-        for name, q in use.solve(block, inputs, targets, sites).items():
+        store.bring(prefix)
+        formats = {n: chosen[n] for n in names}
+        codes = store.found(prefix, formats)
+        use = solver if prefix or not solver.needs_data else SOLVERS[solver.outside]
+        given, told = None, known
+        if feed is not None and (codes is None or not solver.needs_data):
+            inside = {n: op for n, op in by_name.items() if not prefix or n.startswith(f"{prefix}.")}
+            with watching(inside, names, use.uses) as seen, store.passing():
+                given = feed.run(i) if prefix else feed.rest()
+            told = seen.moments()
+        if codes is None:
+            sites = {n: Site(_finite(n, by_name[n], f), f, told.get(n)) for n, f in formats.items()}
+            block = model.get_submodule(prefix) if prefix else model
+            codes = use.solve(block, feed.calls(i) if feed and prefix else None, given, sites)
+            store.keep(prefix, codes)
+        for name, q in codes.items():
             by_name[name].weight.freeze(q)
         if feed is not None and prefix:
-            feed.inputs = feed.run(block)
+            feed.states = feed.run(i) if solver.needs_data or given is None else given
+        store.let_go(prefix)
         on_block(i + 1, len(groups))
 
 
-def moments(model: nn.Module, batches: list[Batch], names: list[str], uses: str) -> dict[str, Moments]:
-    """Of the named ops' inputs, by op's name: their "squares", or the whole "gram". What is fed nothing is left out; of
-    a weight that an embedding and a head share it is what the head is fed."""
-    with _watching(model, names, uses) as seen:
-        _run(model, batches)
-    return seen.moments()
+def _finite(name: str, op: Op, f: Format) -> Op:
+    """The op. Raises InputError if its weight holds what no code stands for."""
+    if not op.weight.value().isfinite().all():
+        raise InputError(f"{name}.weight holds NaN or infinity, which has no code in {f.name}.")
+    return op
 
 
-@torch.inference_mode()
-def _run(model: nn.Module, batches: list[Batch]) -> None:
-    for batch in batches:
-        model(**batch.inputs)
-
-
-def _by_block(model: nn.Module, chosen: Mapping[str, Format]) -> list[tuple[str, list[str]]]:
+def _by_block(prefixes: list[str], chosen: Mapping[str, Format]) -> list[tuple[str, list[str]]]:
     """(block's name, names of its ops that are chosen), in order; last, under "", those outside any block."""
     rest = dict.fromkeys(chosen)
     out = []
-    for prefix, _ in blocks(model):
-        names = [n for n in rest if n.startswith(prefix + ".")]
+    for prefix in prefixes:
+        names = [n for n in rest if n.startswith(f"{prefix}.")]
         for n in names:
             del rest[n]
         out.append((prefix, names))
     return [*out, ("", list(rest))] if rest else out
-
-
-class _Seen:
-    """Sums of squares, or of x x^T, over what ops are fed. Ops that are fed the same tensor share one sum."""
-
-    def __init__(self, gram: bool) -> None:
-        self.gram, self.count = gram, {}
-        self.sums: dict[str, Tensor] = {}
-        self._last: tuple[Tensor | None, str] = None, ""
-        self._same: dict[str, str] = {}
-
-    def add(self, name: str, x: Tensor) -> None:
-        """What an op is fed, once more: x (..., in)."""
-        last, owner = self._last
-        if last is x and name not in self.sums:
-            self._same[name] = owner
-            return
-        self._last = x, name
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
-        new = rows.T @ rows if self.gram else rows.square().sum(0)
-        self.sums[name] = self.sums[name] + new if name in self.sums else new
-        self.count[name] = self.count.get(name, 0) + len(rows)
-
-    def moments(self) -> dict[str, Moments]:
-        """By op's name; what was fed nothing is left out."""
-        own = {}
-        for name, total in self.sums.items():
-            mean = total / max(1, self.count[name])
-            own[name] = Moments(mean.diagonal().clone(), mean) if self.gram else Moments(mean)
-        return own | {name: own[owner] for name, owner in self._same.items()}
-
-
-@contextmanager
-def _watching(model: nn.Module, names: list[str], uses: str) -> Iterator[_Seen]:
-    """What the named ops are fed inside."""
-    seen, by_name = _Seen(uses == "gram"), dict(ops(model))
-    wanted = {id(by_name[n].weight): n for n in names} if uses else {}
-    handles = []
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda module, args: seen.add(name, args[0])
-
-    for op in by_name.values():
-        if isinstance(op, Linear) and id(op.weight) in wanted:
-            handles.append(op.register_forward_pre_hook(hook(wanted[id(op.weight)])))
-    try:
-        yield seen
-    finally:
-        for h in handles:
-            h.remove()
-
-
-class _Reached(Exception):
-    """The first block was reached: its inputs are known."""
-
-
-class _Feed:
-    """The hidden states between blocks, a list over batches, and each batch's other arguments."""
-
-    def __init__(self, model: nn.Module, batches: list[Batch]) -> None:
-        first = blocks(model)
-        if not first:
-            raise InputError("this model has no list of blocks to calibrate one after the other.")
-        self.inputs: list[Tensor] = []
-        self._kwargs: list[dict[str, Any]] = []
-
-        def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            kwargs = dict(kwargs)
-            self.inputs.append(args[0] if args else kwargs.pop("hidden_states"))
-            self._kwargs.append(kwargs)
-            raise _Reached
-
-        handle = first[0][1].register_forward_pre_hook(catch, with_kwargs=True)
-        try:
-            for batch in batches:
-                with torch.inference_mode():
-                    try:
-                        model(**batch.inputs)
-                    except _Reached:
-                        continue
-        finally:
-            handle.remove()
-
-    @torch.inference_mode()
-    def run(self, block: nn.Module) -> list[Tensor]:
-        """The block's outputs on the present inputs."""
-        outputs = [block(x, **kw) for x, kw in zip(self.inputs, self._kwargs, strict=True)]
-        return [o[0] if isinstance(o, tuple) else o for o in outputs]

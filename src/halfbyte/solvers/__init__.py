@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -33,14 +33,29 @@ class Site:
     moments: Moments | None = None
 
 
+@dataclass(frozen=True)
+class Call:
+    """How a block is called: on the hidden states x (batch, tokens, width), with masks and positions."""
+
+    x: Tensor
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, block: nn.Module) -> Tensor:
+        """The hidden states that the block makes of it."""
+        out = block(self.x, *self.args, **self.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+
 class Solve(Protocol):
-    """block: a module whose ops are float. inputs: what it was fed on calibration data, targets: what the float
-    model gave, each a list of (tokens, width) or None for a solver that needs none. Sites by op's name."""
+    """block: a module whose ops are float. inputs: how it is called on calibration data, a list over batches; targets:
+    what it gives then, as floats (batch, tokens, width). Both None where there is no text, or no block: weights outside
+    the blocks are solved together. Sites by op's name."""
 
     def __call__(
         self,
         block: nn.Module,
-        inputs: list[Tensor] | None,
+        inputs: list[Call] | None,
         targets: list[Tensor] | None,
         sites: Mapping[str, Site],
     ) -> dict[str, QTensor]: ...
@@ -49,13 +64,15 @@ class Solve(Protocol):
 @dataclass(frozen=True)
 class Solver:
     """needs_data: whether calibration text is needed; says: what is printed of it. uses: which moments of inputs it
-    takes, "squares" (it does without where there are none), "gram" or nothing."""
+    takes, "squares" (it does without where there are none), "gram" or nothing. outside: the solver of weights outside
+    the blocks, for one that needs data."""
 
     name: str
     solve: Solve
     needs_data: bool
     says: str
     uses: Literal["", "squares", "gram"] = ""
+    outside: str = "gptq"
 
 
 SOLVERS: dict[str, Solver] = {

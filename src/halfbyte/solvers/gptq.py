@@ -23,7 +23,7 @@ _log = logging.getLogger("halfbyte")
 
 
 def solve(
-    block: nn.Module, inputs: list[Tensor] | None, targets: list[Tensor] | None, sites: Mapping[str, Any]
+    block: nn.Module, inputs: list[Any] | None, targets: list[Tensor] | None, sites: Mapping[str, Any]
 ) -> dict[str, QTensor]:
     """See halfbyte.solvers.Solve. What saw no input, or has a format that is not solved for, is rounded to nearest, and
     the log says so."""

@@ -16,7 +16,7 @@ SAYS = "round to nearest, scales by the search that measured best for each forma
 
 
 def solve(
-    block: nn.Module, inputs: list[Tensor] | None, targets: list[Tensor] | None, sites: Mapping[str, Any]
+    block: nn.Module, inputs: list[Any] | None, targets: list[Tensor] | None, sites: Mapping[str, Any]
 ) -> dict[str, QTensor]:
     """See halfbyte.solvers.Solve."""
     return {

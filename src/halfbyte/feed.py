@@ -1,0 +1,162 @@
+"""What a model's blocks are given on calibration text, one block after the other, without running the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.data import Batch
+from halfbyte.layers import Linear, ops
+from halfbyte.solvers import Call, Moments
+
+
+class _Reached(Exception):
+    """What was wanted of a pass is known: the rest of the model need not run."""
+
+
+class Feed:
+    """The hidden states between blocks, and all else that each block is called with, a list over batches.
+
+    Making one runs the model once with empty blocks, so that what leads to the first is all that is computed. Blocks
+    are called as the model calls them: masks and positions may differ from one to the next.
+    """
+
+    def __init__(self, model: nn.Module, blocks: list[nn.Module], batches: list[Batch]) -> None:
+        self._model, self._blocks, self._batches = model, blocks, batches
+        self._calls: list[list[Call]] = [[] for _ in blocks]
+        self._width = self._outputs()
+        with self._empty(self._note):
+            self._pass()
+        self.states = [call.x for call in self._calls[0]]
+
+    def calls(self, i: int) -> list[Call]:
+        """What block i is given on the present states."""
+        return [replace(call, x=x) for call, x in zip(self._calls[i], self.states, strict=True)]
+
+    @torch.no_grad()
+    def run(self, i: int) -> list[Tensor]:
+        """Block i's outputs on the present states."""
+        return [call(self._blocks[i]) for call in self.calls(i)]
+
+    def rest(self) -> None:
+        """Runs what comes after the last block, on the present states, which are its outputs."""
+        states = iter(self.states)
+        with self._empty(lambda i, call: next(states) if i == 0 else call.x):
+            self._pass()
+
+    def _note(self, i: int, call: Call) -> Tensor:
+        self._calls[i].append(call)
+        if i + 1 == len(self._blocks):
+            raise _Reached
+        return call.x
+
+    def _outputs(self) -> int:
+        """How many values a block returns: 0 for a bare tensor."""
+        found: list[int] = []
+
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            found.append(len(output) if isinstance(output, tuple) else 0)
+            raise _Reached
+
+        handle = self._blocks[0].register_forward_hook(look)
+        try:
+            self._pass(1)
+        finally:
+            handle.remove()
+        return found[0]
+
+    @torch.no_grad()
+    def _pass(self, most: int | None = None) -> None:
+        for batch in self._batches[:most]:
+            try:
+                self._model(**batch.inputs)
+            except _Reached:
+                continue
+
+    @contextmanager
+    def _empty(self, given: Callable[[int, Call], Tensor]) -> Iterator[None]:
+        """Blocks that compute nothing inside: block i returns what `given` makes of its number and call."""
+
+        def forward(i: int, *args: Any, **kwargs: Any) -> Any:
+            x, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            out = given(i, Call(x, rest, kwargs))
+            return (out, *[None] * (self._width - 1)) if self._width else out
+
+        for i, block in enumerate(self._blocks):
+            block.forward = partial(forward, i)
+        try:
+            yield
+        finally:
+            for block in self._blocks:
+                del block.forward
+
+
+class _Seen:
+    """Sums of squares, or of x x^T, over what ops are fed. Ops that are fed the same tensor share one sum."""
+
+    def __init__(self, gram: bool) -> None:
+        self.gram, self.count = gram, {}
+        self.sums: dict[str, Tensor] = {}
+        self._last: tuple[Tensor | None, str] = None, ""
+        self._same: dict[str, str] = {}
+
+    def add(self, name: str, x: Tensor) -> None:
+        """What an op is fed, once more: x (..., in)."""
+        last, owner = self._last
+        if last is x and name not in self.sums:
+            self._same[name] = owner
+            return
+        self._last = x, name
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        if name not in self.sums:
+            self.sums[name] = rows.new_zeros((rows.shape[1],) * (1 + self.gram))
+        if self.gram:
+            self.sums[name].addmm_(rows.T, rows)
+        else:
+            self.sums[name] += rows.square().sum(0)
+        self.count[name] = self.count.get(name, 0) + len(rows)
+
+    def moments(self) -> dict[str, Moments]:
+        """By op's name; what was fed nothing is left out. Ends the sums."""
+        own = {}
+        for name, total in self.sums.items():
+            total /= max(1, self.count[name])
+            own[name] = Moments(total.diagonal().clone(), total) if self.gram else Moments(total)
+        return own | {name: own[owner] for name, owner in self._same.items()}
+
+
+@contextmanager
+def watching(by_name: Mapping[str, nn.Module], names: list[str], uses: str) -> Iterator[_Seen]:
+    """What the named ops are fed inside. by_name: the ops that may run, tied ones under each of their names; of a
+    weight that an embedding and a head share it is what the head is fed."""
+    seen = _Seen(uses == "gram")
+    wanted = {id(by_name[n].weight): n for n in names} if uses else {}
+    handles = [
+        op.register_forward_pre_hook(partial(_look, seen, wanted[id(op.weight)]))
+        for op in by_name.values()
+        if isinstance(op, Linear) and id(op.weight) in wanted
+    ]
+    try:
+        yield seen
+    finally:
+        for h in handles:
+            h.remove()
+
+
+def _look(seen: _Seen, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+    seen.add(name, args[0])
+
+
+@torch.no_grad()
+def moments(model: nn.Module, batches: list[Batch], names: list[str], uses: str) -> dict[str, Moments]:
+    """Of the named ops' inputs, by op's name: their "squares", or the whole "gram"; the whole model runs."""
+    with watching(dict(ops(model)), names, uses) as seen:
+        for batch in batches:
+            model(**batch.inputs)
+    return seen.moments()
