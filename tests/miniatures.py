@@ -25,6 +25,13 @@ _GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 128, "n_position
          "eos_token_id": 2}  # fmt: skip
 _PLAIN = {k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"}
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4,
+       "vocab_size": 128, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}  # fmt: skip
+_WHISPER = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "vocab_size": 128,
+            "num_mel_bins": 16, "max_source_positions": 20, "max_target_positions": 32, "pad_token_id": 0,
+            "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "suppress_tokens": None,
+            "begin_suppress_tokens": None}  # fmt: skip
 
 # name -> (model class, config class, settings)
 MINIATURES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -44,12 +51,29 @@ MINIATURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**_LLAMA, **_EXPERTS}),
     "qwen3-moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**_LLAMA, "head_dim": 16, "num_experts": 4,
                                                             "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+    "gpt-oss": ("GptOssForCausalLM", "GptOssConfig", {**_LLAMA, **_EXPERTS, "head_dim": 16, "sliding_window": 8,
+                                                      "max_position_embeddings": 64,
+                                                      "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    "falcon": ("FalconForCausalLM", "FalconConfig", {**_PLAIN, "new_decoder_architecture": True, "num_kv_heads": 2,
+                                                     "max_position_embeddings": 64}),
+}  # fmt: skip
+
+EXPERTS = ("mixtral", "qwen3-moe", "gpt-oss")  # those whose experts transformers fuses
+
+# Those that are no causal language models: what goes in and out is not the same for all.
+OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "minilm": ("BertModel", "BertConfig", {**_PLAIN, "max_position_embeddings": 64}),
+    "t5": ("T5ForConditionalGeneration", "T5Config", _T5),
+    "whisper": ("WhisperForConditionalGeneration", "WhisperConfig", _WHISPER),
+    "vit": ("ViTForImageClassification", "ViTConfig", {"hidden_size": 64, "intermediate_size": 128,
+                                                       "num_hidden_layers": 2, "num_attention_heads": 4,
+                                                       "image_size": 32, "patch_size": 8, "num_labels": 5}),
 }  # fmt: skip
 
 
 def make(name: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
     """A miniature with random weights, in eval mode; as transformers makes it."""
-    model_class, config_class, own = MINIATURES[name]
+    model_class, config_class, own = {**MINIATURES, **OTHERS}[name]
     config = getattr(transformers, config_class)(**{**own, **settings})
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # not .to(dtype), which would cast the rotary frequencies too
@@ -58,11 +82,19 @@ def make(name: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
     finally:
         torch.set_default_dtype(before)
     with torch.no_grad():  # biases and norms start at 0 and 1, where a mistake in them would not show
-        for p in model.parameters():
-            if p.ndim == 1:
+        for n, p in model.named_parameters():
+            if p.ndim == 1 or n.endswith("bias"):
                 p += 0.1 * torch.randn_like(p)
     model.config.dtype = dtype
     return model
+
+
+def theirs(path: Path, name: str, **settings: Any) -> Any:
+    """A folder of a miniature as plain transformers reads it; its experts one after the other, as ours are."""
+    cls = getattr(transformers, {**MINIATURES, **OTHERS}[name][0])
+    if name in EXPERTS:
+        settings = {"experts_implementation": "eager", **settings}
+    return cls.from_pretrained(path, **settings).eval()
 
 
 def folder(
@@ -160,6 +192,17 @@ def calibrated(path: Path, to: Any = "W8A8_STATIC", **settings: Any) -> Run:
     return made
 
 
+def inputs(model: Any) -> dict[str, torch.Tensor]:
+    """What a miniature takes: tokens, an image, or sound; and tokens for its decoder."""
+    take = torch.Generator().manual_seed(0)
+    sizes = {"pixel_values": (2, 3, 32, 32), "input_features": (2, 16, 40)}.get(model.main_input_name)
+    given = IDS if sizes is None else torch.randn(sizes, generator=take).to(model.dtype)
+    out = {model.main_input_name: given}
+    return {**out, "decoder_input_ids": IDS} if model.config.is_encoder_decoder else out
+
+
 @torch.no_grad()
 def logits(model: Any, **kwargs: Any) -> torch.Tensor:
-    return model(IDS, **kwargs).logits.detach()
+    """What a miniature makes of its inputs; of an encoder without a head, the last hidden states."""
+    out = model(**inputs(model), **kwargs)
+    return getattr(out, "logits", out[0]).detach()

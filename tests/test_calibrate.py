@@ -101,7 +101,7 @@ def test_weights_outside_the_blocks_are_solved_for_what_the_quantized_blocks_fee
     calibrate.freeze(model, chosen(model, "linear", "head"), Solver("watch", solve, True, ""), batches())
     assert "lm_head" not in asked
     x = fed(model, "lm_head")  # by the quantized blocks
-    expected = gptq.quantize(head, INT4, x.T @ x / len(x))
+    expected = gptq.quantize(head, INT4, gptq.Form.of(x.T @ x / len(x)))
     torch.testing.assert_close(model.lm_head.weight.value(), expected.dequantize())
 
 

@@ -2,19 +2,22 @@
 
 import pytest
 import torch
+from torch import nn
 
 from halfbyte import InputError, models, run
 from halfbyte.containers.shards import Shards
 from halfbyte.layers import swap
+from halfbyte.models.names import Names
 from halfbyte.plan import inventory, plan, summary, totals
+from halfbyte.scheme import SCHEMES as PRESETS
 from halfbyte.scheme import custom, scheme
-from miniatures import MINIATURES, folder, make, quantized
+from miniatures import EXPERTS, MINIATURES, OTHERS, folder, make, quantized
 
 SCHEMES = ["W8A16", "W8A8", "W4A16", "W4A16_ASYM", "int3-g32", "int8-tensor", "NF4", "NF4_DQ", "FP8", "q4_0"]
-PLAIN = [n for n in MINIATURES if n not in ("mixtral", "qwen3-moe")]
+ALL = [*MINIATURES, *OTHERS]
 
 
-@pytest.mark.parametrize("name", MINIATURES)
+@pytest.mark.parametrize("name", [n for n in ALL if n not in (*EXPERTS, "whisper", "vit")])
 def test_every_parameter_is_listed_once(name):
     model = make(name)
     listed = {n: tuple(p.shape) for n, p in model.named_parameters()}
@@ -24,6 +27,19 @@ def test_every_parameter_is_listed_once(name):
     counted = {e.name: e.shape[::-1] if e.name in turned else e.shape for e in entries if not e.tied_to}
     assert counted == listed
     assert sum(e.parameters for e in entries if not e.tied_to) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", [*EXPERTS, "whisper", "vit"])
+def test_what_was_fused_or_has_more_dimensions_is_listed_too(name):
+    model = make(name)
+    listed = {n: p.numel() for n, p in model.named_parameters()}
+    entries, names = inventory(swap(model)), Names(model)
+    counted: dict[str, int] = {}
+    for e in entries:
+        of = names.fused(e.name)
+        if not e.tied_to:
+            counted[of[0] if of else e.name] = counted.get(of[0] if of else e.name, 0) + e.parameters
+    assert counted == listed
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
@@ -62,12 +78,15 @@ def test_the_planned_bytes_are_those_on_disk(tmp_path, to):
     assert held - (zeros if to == "uint4-g32" else 0) == stored  # a byte in memory, 4 bits on disk
 
 
-@pytest.mark.parametrize("name", PLAIN)
-def test_kept_parameters_say_why(name):
-    entries = plan(swap(make(name)), scheme("W4A16"))
+@pytest.mark.parametrize("to", PRESETS)
+@pytest.mark.parametrize("name", ALL)
+def test_kept_parameters_say_why(name, to):
+    entries = plan(swap(make(name)), scheme(to))
     assert all(e.why for e in entries if e.after is None)
     assert any(e.after for e in entries)
-    assert all((e.after is not None) == (e.role in ("linear", "conv1d")) for e in entries)
+    assert all((e.after is not None) == (e.role in ("linear", "conv1d", "expert")) for e in entries)
+    matrices = [e for e in entries if e.after is None and len(e.shape) > 1]
+    assert {e.role for e in matrices} <= {"embedding", "head", "router", "position", "convolution"}
 
 
 def test_embeddings_of_a_class_of_their_own_are_embeddings():
@@ -86,16 +105,43 @@ def test_smaller_groups_are_said():
     assert by_name["model.layers.0.mlp.up_proj.weight"] == ("int4-g64", "groups of 64: 128 does not divide 64")
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
-def test_fused_experts_are_never_left_out_in_silence(name):
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_are_quantized_or_named(name):
     model = swap(make(name))
-    with pytest.raises(InputError, match=r"experts\.(gate_up|down)_proj"):
-        plan(model, scheme("W4A16"))
-    rules = [{"match": r".*\.(experts\..*|gate\.weight|gate)"}, {"match": "@embedding"}, {"match": "@head"},
-             {"match": "@linear", "weight": "int4-g32"}]  # fmt: skip
-    entries = plan(model, custom(rules))
-    assert {e.name for e in entries if e.after is None and len(e.shape) > 2}
-    assert all("self_attn" in e.name for e in entries if e.after)
+    entries = plan(model, scheme("W4A16"))
+    experts = [e for e in entries if ".experts." in e.name and len(e.shape) > 1]
+    assert len(experts) == 2 * 4 * 3
+    assert all(e.after for e in experts)
+    kept = [{"match": "@embedding"}, {"match": "@head"}, {"match": "@router"}]
+    rules = [*kept, {"match": "@linear", "weight": "int8-channel"}]
+    with pytest.raises(InputError, match=r"experts\.0\.gate_proj \(expert\)"):
+        plan(model, custom(rules))
+    own = plan(model, custom([*rules, {"match": "@expert", "weight": "int4-g32"}]))
+    assert {e.after.name for e in own if e.role == "expert" and e.after} == {"int4-g32"}
+    assert {e.after.name for e in own if e.role == "linear" and e.after} == {"int8-channel"}
+
+
+class Bilinear(nn.Module):
+    """A matrix that no op stands for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.form, self.out = nn.Bilinear(8, 8, 4), nn.Linear(32, 4)
+
+
+def test_matrices_of_layers_that_are_no_ops_are_never_left_out_in_silence():
+    model = swap(Bilinear())
+    with pytest.raises(InputError, match=r"form\.weight"):
+        plan(model, scheme("W8A16"))
+    (kept,) = [e for e in plan(model, custom([{"match": "form.*"}, {"match": ".*", "weight": "int8-channel"}]))
+               if e.name == "form.weight"]  # fmt: skip
+    assert kept.after is None
+
+
+def test_inputs_of_a_convolution_stay_as_they_are():
+    rules = [{"match": "@convolution", "weight": "int8-channel", "input": "int8-token"}, {"match": ".*"}]
+    (filters,) = [e for e in plan(swap(make("vit")), custom(rules)) if e.role == "convolution"]
+    assert (str(filters.after), filters.input) == ("int8-channel", None)
 
 
 def test_a_plan_needs_no_weights(tmp_path):

@@ -8,7 +8,7 @@ from halfbyte import FORMATS, InputError
 from halfbyte.formats import parse
 from halfbyte.scheme import MIXES, SCHEMES, Rule, Scheme, custom, scheme
 
-KEPT = ["embedding", "head", "router"]
+KEPT = ["embedding", "head", "router", "position", "convolution"]
 
 
 def weight(s: Scheme, name: str = "model.layers.0.q_proj", role: str = "linear", shape=(64, 576)):
@@ -22,7 +22,7 @@ def test_presets_keep_what_they_name_and_say_why(name):
         rule = s.decide("x", role, (64, 512))
         assert rule.weight is None
         assert rule.why.startswith(role)
-    for role in ("linear", "conv1d"):
+    for role in ("linear", "conv1d", "expert"):
         assert weight(s, role=role, shape=(64, 512)) is not None
 
 
@@ -69,6 +69,21 @@ def test_a_group_that_was_asked_for_is_never_changed(group, inputs):
     else:
         with pytest.raises(InputError, match=f"a group of {group} does not divide its {inputs} inputs"):
             weight(s, shape=(4, inputs))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_where_no_folder_must_hold_it_a_convolution_is_as_a_linear_layer(name):
+    s = SCHEMES[name].everywhere()
+    assert s.decide("x", "convolution", (64, 512)).weight == weight(s, shape=(64, 512))
+    assert weight(s, role="head", shape=(64, 512)) is None
+
+
+@pytest.mark.parametrize(("name", "by_row"), [("W8A16", "int8-channel"), ("W4A16_ASYM", "uint4-channel")])
+def test_where_no_folder_must_hold_it_rows_that_no_group_divides_have_a_scale_each(name, by_row):
+    rule = SCHEMES[name].everywhere().decide("x", "convolution", (64, 27))
+    assert (rule.weight, rule.why) == (parse(by_row), "by channel: 128 does not divide 27")
+    with pytest.raises(InputError, match="does not divide"):
+        scheme("int4-g32").everywhere().decide("x", "linear", (64, 27))  # a format that was asked for
 
 
 @pytest.mark.parametrize("name", ["int4-g128", "int8-g64"])

@@ -7,8 +7,9 @@ if TYPE_CHECKING:
     from halfbyte.affine import Affine
     from halfbyte.errors import BudgetExceeded, InputError
     from halfbyte.formats import FORMATS
-    from halfbyte.kernels import dequantize, fake, quantize
+    from halfbyte.kernels import dequantize, fake
     from halfbyte.model import Model, load
+    from halfbyte.modules import quantize
     from halfbyte.qtensor import QParams, QTensor
     from halfbyte.run import Run
 
@@ -21,7 +22,7 @@ __all__ = [
 _HOME = {
     "FORMATS": "formats", "Affine": "affine", "BudgetExceeded": "errors", "InputError": "errors", "Model": "model",
     "QParams": "qtensor", "QTensor": "qtensor", "Run": "run", "dequantize": "kernels", "fake": "kernels",
-    "load": "model", "quantize": "kernels",
+    "load": "model", "quantize": "modules",
 }  # fmt: skip
 
 

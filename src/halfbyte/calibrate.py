@@ -17,7 +17,7 @@ from halfbyte.models import blocks
 from halfbyte.qtensor import QTensor
 from halfbyte.solvers import SOLVERS, Moments, Site, Solver
 
-__all__ = ["InMemory", "Store", "freeze", "moments"]
+__all__ = ["IN_MEMORY", "Store", "finite", "freeze", "moments"]
 
 
 class Store(Protocol):
@@ -54,6 +54,9 @@ class InMemory:
     def let_go(self, prefix: str) -> None: ...
 
 
+IN_MEMORY = InMemory()
+
+
 def freeze(
     model: nn.Module,
     chosen: Mapping[str, Format],
@@ -61,7 +64,7 @@ def freeze(
     batches: list[Batch] | None = None,
     on_block: Callable[[int, int], None] = lambda done, total: None,
     squares: Mapping[str, Tensor] | None = None,
-    store: Store = InMemory(),
+    store: Store = IN_MEMORY,
 ) -> None:
     """Makes codes of the named ops' weights, in place. A block is solved against the float model's outputs, fed
     with what the already quantized blocks before it give. A solver that can do without text, and only weighs by it, is
@@ -97,7 +100,7 @@ def freeze(
                 given = feed.run(i) if prefix else feed.rest()
             told = seen.moments()
         if codes is None:
-            sites = {n: Site(_finite(n, by_name[n], f), f, told.get(n)) for n, f in formats.items()}
+            sites = {n: Site(finite(n, by_name[n], f), f, told.get(n)) for n, f in formats.items()}
             block = model.get_submodule(prefix) if prefix else model
             codes = use.solve(block, feed.calls(i) if feed and prefix else None, given, sites)
             store.keep(prefix, codes)
@@ -109,7 +112,7 @@ def freeze(
         on_block(i + 1, len(groups))
 
 
-def _finite(name: str, op: Op, f: Format) -> Op:
+def finite(name: str, op: Op, f: Format) -> Op:
     """The op. Raises InputError if its weight holds what no code stands for."""
     if not op.weight.value().isfinite().all():
         raise InputError(f"{name}.weight holds NaN or infinity, which has no code in {f.name}.")

@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from halfbyte import kv_cache
 from halfbyte.data import Batch, Dataset, Record, encode_choices, eval_batches, label_choices
 from halfbyte.data import Row as EncodedRow
 from halfbyte.errors import BudgetExceeded, InputError
+from halfbyte.formats import Format
 
 LEDGER = "ledger.json"
 CONTEXT = 512  # tokens: pinned, so that numbers compare
@@ -72,10 +74,18 @@ class Reference:
         return out
 
 
-def _log_probs(model: nn.Module, batch: Batch) -> Tensor:
+def _log_probs(model: nn.Module, batch: Batch, cache: Format | None = None) -> Tensor:
     """(targets, vocabulary) float32, rows of the batch one after the other."""
-    logits = model(**batch.inputs).logits[:, :-1]
+    logits = model(**_inputs(model, batch.inputs, cache)).logits[:, :-1]
     return F.log_softmax(logits[batch.labels[:, 1:] != -100].float(), -1)
+
+
+def _inputs(model: nn.Module, inputs: dict[str, Any], cache: Format | None) -> dict[str, Any]:
+    if cache is None:
+        return inputs
+    if "position_ids" in inputs:
+        raise InputError("--kv-cache: samples that share a row would attend to each other; measure them unpacked.")
+    return {**inputs, **kv_cache.quantized(model, cache)}
 
 
 @torch.inference_mode()
@@ -85,8 +95,10 @@ def measure(
     reference: Reference | None = None,
     batch_size: int = 4,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
+    cache: Format | None = None,
 ) -> Row:
     """Perplexity and, with a reference, KL(reference || model), top-1 agreement and the paired loss difference.
+    cache: a format that the model's keys and values are seen through, as when it writes with such a cache.
 
     Only the data set's targets count: all tokens but the first of a window of text; completions, for tasks.
     Logits are taken in each model's own dtype and compared in float32; every row counts by its tokens.
@@ -96,7 +108,7 @@ def measure(
     owner: list[Tensor] = []
     total = -(-len(dataset) // batch_size)
     for i, batch in enumerate(eval_batches(dataset, batch_size, 0)):
-        ours = _log_probs(model, batch)
+        ours = _log_probs(model, batch, cache)
         wanted = batch.labels[:, 1:] != -100
         labels = batch.labels[:, 1:][wanted][:, None]
         owner.append(wanted.nonzero()[:, 0] + i * batch_size)
@@ -112,7 +124,10 @@ def measure(
             found["kl"].append(F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1))
         on_batch(i + 1, total)
     values = {k: torch.cat(v).double() for k, v in found.items() if v}
-    return _row(values, torch.cat(owner), dataset)
+    row = _row(values, torch.cat(owner), dataset)
+    if cache is not None:
+        row.conventions += f"; keys and values in {cache.name}"
+    return row
 
 
 def _row(values: dict[str, Tensor], owner: Tensor, dataset: Dataset) -> Row:
@@ -133,11 +148,11 @@ def _row(values: dict[str, Tensor], owner: Tensor, dataset: Dataset) -> Row:
     spread = error(nll)
     row = Row(perplexity=nll.mean().exp().item(), loss=loss, tokens=len(nll), windows=windows)
     row.perplexity_error = None if spread is None else row.perplexity * spread  # pyright: ignore
-    row.conventions = (
-        f"records joined by the end-of-text token, windows of {max(len(r) for r in dataset.rows)} that do not overlap"
-        if dataset.kind == "text"
-        else "each record alone; only its completion counts"
-    )
+    longest = max(len(r) for r in dataset.rows)
+    row.conventions = {
+        "text": f"records joined by the end-of-text token, windows of {longest} that do not overlap",
+        "self": f"rows of {longest} that the reference wrote itself, at temperature 1; only what it drew counts",
+    }.get(dataset.kind, "each record alone; only its completion counts")
     if "kl" in values:
         difference = nll - values["base"]
         row.loss_difference = difference.mean().item()
@@ -165,20 +180,26 @@ def _quantile_error(values: Tensor, q: float, owner: Tensor, picks: Tensor) -> f
 
 @torch.inference_mode()
 def accuracy(
-    model: nn.Module, records: Sequence[Record], tokenizer: Any, max_length: int = CONTEXT
+    model: nn.Module,
+    records: Sequence[Record],
+    tokenizer: Any,
+    max_length: int = CONTEXT,
+    cache: Format | None = None,
 ) -> tuple[float, float]:
-    """Share of labelled records whose own label a causal model finds likeliest, and the share's standard error."""
+    """Share of labelled records whose own label a causal model finds likeliest, and the share's standard error. cache:
+    see measure."""
     labels = label_choices(records)
     right = []
     for record in records:
-        scores = [_likelihood(model, row) for row in encode_choices(record, labels, tokenizer, max_length)]
+        scores = [_likelihood(model, row, cache) for row in encode_choices(record, labels, tokenizer, max_length)]
         right.append(labels[int(torch.stack(scores).argmax())] == record["label"])
     return share_and_error(torch.tensor(right).double())
 
 
-def _likelihood(model: nn.Module, row: EncodedRow) -> Tensor:
+def _likelihood(model: nn.Module, row: EncodedRow, cache: Format | None) -> Tensor:
     """Log-probability of a row's targets."""
-    logits = model(input_ids=row.input_ids[None], use_cache=False).logits[0, :-1][row.targets[1:]].float()
+    inputs = _inputs(model, {"input_ids": row.input_ids[None], "use_cache": False}, cache)
+    logits = model(**inputs).logits[0, :-1][row.targets[1:]].float()
     return F.log_softmax(logits, -1).gather(1, row.input_ids[1:][row.targets[1:]][:, None]).sum()
 
 

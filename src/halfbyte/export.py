@@ -79,31 +79,35 @@ class Found:
 
     solver: str = "rtn"
     calibration: Any = None
-    samples: int = 32
+    samples: int | None = None
+    max_length: int = evaluate.CONTEXT
     imatrix: str | Path | None = None
     inputs: str = "mse"
 
     @property
     def needs_model(self) -> bool:
         """Whether the whole model must run, or a file say what it is fed."""
-        return solver(self.solver).needs_data or self.calibration is not None or self.imatrix is not None
+        text = self.calibration is not None and self.calibration != "none"
+        return solver(self.solver).needs_data or text or self.imatrix is not None
 
 
 def job(
     loaded: Loaded, kind: Kind, format: str | None, requantize: bool, found: Found = Found(),
     revision: str | None = None, say: Say = lambda line: None,
-    on_block: Callable[[int, int], None] | None = None,
+    on_block: Callable[[int, int], None] | None = None, work: Path | None = None,
 ) -> Job:  # fmt: skip
-    """Prepares what `read` gave; where `found` asks for it, the model is first read again, with its weights, and
-    quantized in memory. Raises InputError as `prepare` does."""
+    """Prepares what `read` gave; where `found` asks for it, the model is first quantized: a block at a time, where
+    `work` is the folder to keep those in that are done. Raises InputError as `prepare` does."""
     if not found.needs_model:
         return prepare(loaded, kind, format, requantize, say)
     if format is None or format.upper() in FLOATS:
         raise InputError(f"--solver, --calibration and --imatrix are of a --format to quantize to, not of {format}.")
     freeze = Freeze(scheme=chosen(format), on_block=on_block, **vars(found))
     prepare(loaded, kind, format, requantize)  # what cannot be is refused before the work
-    made = run.load(loaded.source, loaded.config.dtype, revision)
+    made = run.load(loaded.source, loaded.config.dtype, revision, weights=work is None)
+    made.checkpoint = work
     freeze(made)
+    made.read_weights()
     return prepare(made.loaded, kind, None, False, say)
 
 
@@ -209,9 +213,9 @@ def readers(loaded: Loaded, entries: list[Entry]) -> dict[str, list[str]]:
 
 def export(
     source: str | Path, job: Job, kind: Kind, output: Path, proof: Proof | None, overwrite: bool = False,
-    say: Say = lambda line: None,
+    say: Say = lambda line: None, resume: bool = False,
 ) -> Exported:  # fmt: skip
-    """Writes what was prepared, whole or not at all; reads it back by the kind's own reader and measures it, unless
+    """Writes what was prepared, whole or not at all, also where it was in parts already (`resume`); reads it back by the kind's own reader and measures it, unless
     proof is None. Raises BudgetExceeded, and keeps nothing, where the reader computes something else than we do, and
     InputError before the work where inputs are to be rounded by scales that the model does not have."""
     for name, op in ops(job.loaded.model):
@@ -221,7 +225,7 @@ def export(
                 "quantize first with it, then export."
             )
     done = Exported(output)
-    with (whole_file if kind.SUFFIX else whole)(output, overwrite) as partial:
+    with (whole_file if kind.SUFFIX else whole)(output, overwrite, resume) as partial:
         kind.write(job, partial)
         if proof is None:
             say("not read back: --no-verify")

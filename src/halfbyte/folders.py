@@ -49,14 +49,9 @@ def check_free(target: Path, overwrite: bool = False, *sources: str | Path | Non
         raise InputError(f"{target} cannot be made: {parent} may not be written to.")
 
 
-@contextmanager
-def whole(target: Path, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:
-    """Yields `target.partial`, an empty folder that becomes `target` when the block ends well.
-
-    When the block raises, the unfinished folder is removed, unless it holds a CHECKPOINT to go on from; with
-    `resume` what is there from an earlier try is left in place. Raises InputError if `target` exists and
-    `overwrite` is not set.
-    """
+def begin(target: Path, overwrite: bool = False, resume: bool = False) -> Path:
+    """The folder `target.partial`, which is not there yet, or with `resume` as an earlier try left it. Raises
+    InputError as `check_free` does, and for one that could be gone on from but neither is asked for."""
     check_free(target, overwrite)
     target = target.resolve()  # "." has no name to add to
     partial = target.with_name(target.name + ".partial")
@@ -68,6 +63,19 @@ def whole(target: Path, overwrite: bool = False, resume: bool = False) -> Iterat
         )
     if partial.exists() and not resume:
         shutil.rmtree(partial)
+    return partial
+
+
+@contextmanager
+def whole(target: Path, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:
+    """Yields `target.partial`, an empty folder that becomes `target` when the block ends well.
+
+    When the block raises, the unfinished folder is removed, unless it holds a CHECKPOINT to go on from; with
+    `resume` what is there from an earlier try is left in place. Raises InputError if `target` exists and
+    `overwrite` is not set.
+    """
+    partial = begin(target, overwrite, resume)
+    target = target.resolve()
     partial.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
@@ -83,17 +91,13 @@ def whole(target: Path, overwrite: bool = False, resume: bool = False) -> Iterat
 
 
 @contextmanager
-def whole_file(target: Path, overwrite: bool = False) -> Iterator[Path]:
+def whole_file(target: Path, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:
     """Yields the file of that name in a folder of its own, `target.partial`. When the block ends well the file becomes
-    `target`, with a second one that may have been written `beside` it; when it raises, both are removed. Raises
-    InputError as `check_free` does."""
-    check_free(target, overwrite)
+    `target`, with a second one that may have been written `beside` it; when it raises, both are removed. A CHECKPOINT
+    and `resume` are as in `whole`. Raises InputError as `check_free` does."""
+    folder = begin(target, overwrite, resume)
     target = target.resolve()
-    folder = target.with_name(target.name + ".partial")
-    if folder.is_file():
-        folder.unlink()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     partial = folder / target.name
     try:
         yield partial
@@ -105,5 +109,10 @@ def whole_file(target: Path, overwrite: bool = False) -> Iterator[Path]:
         if not second:
             for p in _files(target)[1:]:  # of what was there before
                 p.unlink(missing_ok=True)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        for p in _files(partial):
+            p.unlink(missing_ok=True)
+        if not (folder / CHECKPOINT).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)

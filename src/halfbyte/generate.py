@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from halfbyte import kv_cache
 from halfbyte.data import encode_prompt
 from halfbyte.errors import InputError
 
@@ -55,11 +57,12 @@ def generate(
     chat: bool = False,
     temperature: float = 0.0,
     on_text: Callable[[str], None] = lambda text: None,
+    cache: str | None = None,
 ) -> Generated:
     """Continues a prompt; with `chat` (or a list of messages) answers it through the chat template.
 
-    Greedy at temperature 0. Raises InputError for an empty prompt, a model that does not write text, or one
-    without a chat template.
+    Greedy at temperature 0. cache: the format that keys and values are kept in, see kv_cache.parse; as floats if left
+    out. Raises InputError for an empty prompt, a model that does not write text, or one without a chat template.
     """
     if getattr(model, "generation_config", None) is None:
         raise InputError(f"{type(model).__name__} is no model that writes text.")
@@ -73,20 +76,38 @@ def generate(
             "model takes."
         )
     config: Any = copy.deepcopy(model.generation_config)  # the model's own stays as it is: it is saved with it
-    config.update(max_new_tokens=max_new_tokens, max_length=None, do_sample=temperature > 0)
+    config.update(max_new_tokens=max_new_tokens, max_length=None, do_sample=temperature > 0, num_beams=1)
     # greedy decoding uses no sampling settings, and transformers warns of those that are there
     config.update(**({"temperature": temperature} if temperature > 0 else dict.fromkeys(_SAMPLING)))
     config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if cache is not None:
+        config.update(use_cache=True, cache_implementation=None)
     clock = _Clock(tokenizer, on_text)
     tokens = torch.tensor([ids])
-    with torch.inference_mode():
+    with torch.inference_mode(), _kept(model, cache) as kept:
         out = model.generate(  # pyright: ignore[reportCallIssue]
-            input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=config, streamer=clock
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=config, streamer=clock,
+            **kept,
         )  # fmt: skip
     new = out[0, len(ids) :].tolist()
     spent = clock.times[-1] - clock.times[1] if len(clock.times) > 2 else 0.0
     speed = (len(new) - 1) / spent if spent else 0.0
     return Generated(tokenizer.decode(new, skip_special_tokens=True), len(new), round(speed, 2))
+
+
+@contextmanager
+def _kept(model: nn.Module, cache: str | None) -> Iterator[dict[str, Any]]:
+    """Keyword arguments for generate() that keep keys and values in a format; none without one. What the model's own
+    settings say of caches, and transformers would hold against ours, is set aside meanwhile."""
+    if cache is None:
+        yield {}
+        return
+    kept, own = kv_cache.quantized(model, kv_cache.parse(cache)), cast(Any, model.generation_config)
+    before, own.cache_implementation = own.cache_implementation, None
+    try:
+        yield {k: v for k, v in kept.items() if k != "use_cache"}  # which is in the settings already
+    finally:
+        own.cache_implementation = before
 
 
 def _prompt_ids(tokenizer: Any, prompt: str | list[dict[str, str]], chat: bool) -> list[int]:

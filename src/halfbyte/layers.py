@@ -9,13 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halfbyte import kernels
+from halfbyte.convolution import Conv
 from halfbyte.errors import InputError
+from halfbyte.experts import Experts, fused
 from halfbyte.formats import Format, parse
 from halfbyte.qtensor import QParams, QTensor
 from halfbyte.scheme import static
 from halfbyte.weight import Codes, Grid, Weight, moved, needs_base
 
-__all__ = ["OPS", "Codes", "Embedding", "Grid", "Linear", "Op", "Weight", "ops", "swap", "weights"]
+__all__ = ["OPS", "Codes", "Conv", "Embedding", "Experts", "Grid", "Linear", "Op", "Weight", "ops", "swap", "weights"]
 
 
 class Linear(nn.Module):
@@ -155,7 +157,7 @@ class Embedding(nn.Module):
         return self.weight.format is None or self.weight.frozen().has_rows
 
 
-Op = Linear | Embedding
+Op = Linear | Embedding | Conv
 
 
 def _linear(m: nn.Module, weight: Weight) -> Op:
@@ -177,14 +179,19 @@ def _embedding(m: nn.Module, weight: Weight) -> Op:
 OPS: dict[str, Callable[[nn.Module, Weight], Op]] = {
     "Linear": _linear,
     "NonDynamicallyQuantizableLinear": _linear,
+    "FalconLinear": _linear,
     "Conv1D": _conv1d,
+    "Conv1d": Conv.of,
+    "Conv2d": Conv.of,
+    "Conv3d": Conv.of,
     "Embedding": _embedding,
     "Gemma3TextScaledWordEmbedding": _embedding,
 }
 
 
 def swap(model: nn.Module) -> nn.Module:
-    """Replaces, in place, the modules that OPS names by ops around Weights; shared parameters share a Weight.
+    """Replaces, in place, the modules that OPS names by ops around Weights, and fused experts by Experts, which have an
+    op for each matrix; shared parameters share a Weight.
 
     Call it once tying is done. Works on the meta device. Returns the model (or the op, for a bare module).
     """
@@ -196,24 +203,31 @@ def swap(model: nn.Module) -> nn.Module:
         if make is None or not isinstance(p, nn.Parameter):
             return None
         if id(p) not in weights:
-            turned = make is _conv1d
-            stored = nn.Parameter(p.detach().T.contiguous(), p.requires_grad) if turned else p
-            weights[id(p)] = Weight(stored)
+            weights[id(p)] = Weight(_matrix(p, make))
         return make(m, weights[id(p)])
 
     if (root := op_of(model)) is not None:
         return root
     for name, m in list(model.named_modules()):
-        if name and (op := op_of(m)) is not None:
-            op.train(m.training)
-            model.set_submodule(name, op)
+        how = fused(m)
+        new = op_of(m) if how is None else Experts.of(m, how, lambda w, b: Linear(Weight(w), b))
+        if name and new is not None:
+            new.train(m.training)
+            model.set_submodule(name, new)
     return model
+
+
+def _matrix(p: nn.Parameter, make: Callable[[nn.Module, Weight], Op]) -> nn.Parameter:
+    """A module's parameter as an op holds it: (out, in)."""
+    if make is _conv1d:
+        return nn.Parameter(p.detach().T.contiguous(), p.requires_grad)
+    return p if p.ndim == 2 else nn.Parameter(p.detach().flatten(1), p.requires_grad)
 
 
 def ops(model: nn.Module) -> Iterator[tuple[str, Op]]:
     """Every op with its name, tied ones under each of theirs."""
     for name, m in model.named_modules(remove_duplicate=False):
-        if isinstance(m, Linear | Embedding):
+        if isinstance(m, Op):
             yield name, m
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from halfbyte.errors import InputError
 from halfbyte.formats import Format
 from halfbyte.layers import Codes, Weight, ops
-from halfbyte.models import parts, roles, tied
+from halfbyte.models import parts, role_of_parameter, roles, tied
 from halfbyte.qtensor import stored_bytes
 from halfbyte.scheme import Mix, Scheme
 
@@ -61,15 +61,14 @@ def inventory(model: nn.Module) -> list[Entry]:
             )
         )
     for name, p in _others(model):
-        # a class of its own, such as OPT's positions, is looked up all the same
-        kind = "embedding" if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding) else "other"
+        kind = role_of_parameter(model, name)
         entries.append(Entry(name, tuple(p.shape), kind, _dtype(p.dtype), p.nbytes, None, p.nbytes))
     return entries
 
 
 def plan(model: nn.Module, chosen: Scheme | Mix) -> list[Entry]:
     """The inventory with what a scheme makes of it. Raises InputError for a group that does not fit, and for
-    matrices that would stay as they are without a rule that names them (fused experts, convolutions)."""
+    matrices that would stay as they are without a rule that names them: those of layers that are no ops."""
     scheme = chosen.on(parts(model)) if isinstance(chosen, Mix) else chosen
     out, unnamed = [], []
     known = {f"{name}.weight" for name, _ in ops(model)}
@@ -82,7 +81,8 @@ def plan(model: nn.Module, chosen: Scheme | Mix) -> list[Entry]:
             out.append(_with(e, None, None, "not a matrix" if len(e.shape) < 2 or rule is None else rule.why))
             continue
         rule = scheme.decide(module, e.role, e.shape)
-        out.append(_with(e, rule.weight, rule.input, rule.why))
+        # a convolution's inputs have no rows by which they could be rounded
+        out.append(_with(e, rule.weight, None if e.role == "convolution" else rule.input, rule.why))
     if unnamed:
         raise InputError(
             f"scheme {scheme.name} would leave {len(unnamed)} weights in {_dtype(torch.bfloat16)} or more without "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Protocol
@@ -205,6 +206,21 @@ class QTensor:
         if self.format.flat:
             parts = {k: p.reshape(-1) for k, p in parts.items() if isinstance(p, Tensor)}
         return replace(self, shape=shape, parts=parts, laid_out=None)
+
+    @classmethod
+    def stacked(cls, rows: Sequence[QTensor]) -> QTensor:
+        """One QTensor of several of one format, (out_i, in) -> (sum of out_i, in); not of flat ones or ones by tensor,
+        whose parts are of no single row."""
+        first = rows[0]
+        if len(rows) == 1:
+            return first
+
+        def stack(name: str) -> Tensor | QTensor:
+            parts: list[Any] = [q.canonical().parts[name] for q in rows]
+            return cls.stacked(parts) if isinstance(parts[0], QTensor) else torch.cat(parts)
+
+        shape = (sum(q.shape[0] for q in rows), *first.shape[1:])
+        return cls(first.format, shape, first.dtype, {name: stack(name) for name in first.parts})
 
     def to(self, device: torch.device | str) -> QTensor:
         """The same data on another device."""

@@ -78,6 +78,7 @@ def merge_steps(
 
 
 _FILES = ("data", "eval_data", "calibration")  # the fields of steps that name files to read
+_NO_FILES = ("self", "none")
 
 
 class _Fields(BaseModel):
@@ -108,7 +109,12 @@ class Recipe:
     def run(self, overwrite: bool = False, say: Callable[[str], None] = lambda line: None) -> Run:
         """Loads, takes every step, saves. Raises InputError before work begins for an output that exists, for data
         that cannot be read, and for a scheme that no folder holds."""
-        files = [f for s in self.steps for k in _FILES if isinstance(f := getattr(s, k, None), str | Path)]
+        files = [
+            f
+            for s in self.steps
+            for k in _FILES
+            if isinstance(f := getattr(s, k, None), str | Path) and f not in _NO_FILES
+        ]
         if self.output is not None:
             check_free(Path(self.output), overwrite, self.model, *files)
         for file in files:

@@ -36,8 +36,8 @@ DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfl
 class Run:
     """loaded: the model and what belongs to it. notes: what was done, kept as halfbyte.json beside the result.
     log: of the last training. rows: the ledger so far, (stage, figures). files: what it was read from.
-    checkpoint: the folder where training keeps its state, and goes on from what is there. masters: floats that
-    were trained and then made codes."""
+    checkpoint: the folder where training, or quantizing, keeps its state, and goes on from what is there. from_disk:
+    whether weights are read when they are needed. masters: floats that were trained and then made codes."""
 
     loaded: Loaded
     seed: int = 0
@@ -45,6 +45,7 @@ class Run:
     log: Log | None = None
     files: list[Path] = field(default_factory=list)
     checkpoint: Path | None = None
+    from_disk: bool = False
     masters: dict[str, Tensor] = field(default_factory=dict)
     rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
@@ -52,6 +53,11 @@ class Run:
     def model(self) -> Any:
         """A plain nn.Module: generate(), other trainers, torch.compile take it."""
         return self.loaded.model
+
+    def read_weights(self) -> None:
+        """Reads what is still on disk."""
+        if self.from_disk and self.loaded.checkpoint is not None:
+            self.loaded.checkpoint.materialize(self.model, self.loaded.config.dtype)
 
     @property
     def tokenizer(self) -> Any:
@@ -124,9 +130,10 @@ class Run:
             raise InputError(
                 f"{chosen.name} is a mix of ggml's blocks, which only a file holds: name the output OUT.gguf."
             )
-        sites = {e.name: (e.after, e.role) for e in plan(self.model, chosen) if e.after is not None}
+        entries = [e for e in plan(self.model, chosen) if e.after is not None]
+        sites = {e.name: (e.after, e.role) for e in entries if e.after is not None}
         if sites:
-            container_for(sites, models.own_container(self.loaded))
+            container_for(sites, models.own_container(self.loaded), any(e.input for e in entries))
 
     def holds_as_it_is(self) -> bool:
         """Whether a folder layout holds the codes that the model has."""
@@ -167,9 +174,10 @@ def load(
     revision: str | None = None,
     seed: int = 0,
     labels: list[str] | None = None,
+    weights: bool = True,
 ) -> Run:
     """Reads any MODEL: a Hugging Face folder or hub id, a .gguf file, a PEFT adapter folder, or a folder that
-    halfbyte wrote.
+    halfbyte wrote. weights=False leaves on disk what can be read a block at a time; an adapter and its base cannot.
 
     An adapter's base is read too, checked against the hash that halfbyte recorded, and brought into the form
     that the adapter was trained on (4-bit codes, a grid). labels: see halfbyte.models.load. Raises InputError.
@@ -178,8 +186,8 @@ def load(
     path = models.resolve(source, revision)
     if path.is_dir() and (path / peft.CONFIG).exists():
         return _load_adapter(path, parse_dtype(dtype), seed)
-    loaded = models.load(source, parse_dtype(dtype), revision, labels)
-    return Run(loaded, seed, files=[path])
+    loaded = models.load(source, parse_dtype(dtype), revision, labels, weights)
+    return Run(loaded, seed, files=[path], from_disk=not weights and loaded.checkpoint is not None)
 
 
 def _load_adapter(path: Path, dtype: torch.dtype | None, seed: int) -> Run:
@@ -245,11 +253,12 @@ def freeze(
     run: Run, chosen: Scheme | Mix, by: Solver, batches: list[data.Batch] | None = None,
     on_block: Callable[[int, int], None] = lambda done, total: None, keep: bool = False, inputs: str = "mse",
     squares: Mapping[str, Tensor] | None = None, on_batch: Callable[[int, int], None] = lambda done, total: None,
+    store: calibrate.Store = calibrate.IN_MEMORY,
 ) -> None:  # fmt: skip
     """Makes codes of every weight that the scheme quantizes, but of those that are such codes already; with `keep`, of
     none that are codes. inputs: how observe finds the scales of inputs, where the scheme has static ones; it does so
-    once all weights are codes. squares: see calibrate.freeze. Raises InputError before any is touched if one cannot
-    be."""
+    once all weights are codes. squares, store: see calibrate.freeze. Raises InputError before any is touched if one
+    cannot be; where weights are on disk, when it is read."""
     check_static(chosen, batches)
     by_name = dict(ops(run.model))
     formats, observed = {}, {}
@@ -261,15 +270,16 @@ def freeze(
         if e.after is None or e.tied_to or (keep and name in held):
             continue
         if held.get(name) != e.after:
-            if not by_name[name].weight.value().isfinite().all():
-                raise InputError(f"{e.name} holds NaN or infinity, which has no code in {e.after.name}.")
+            if by_name[name].weight.device.type != "meta":
+                calibrate.finite(name, by_name[name], e.after)
             formats[name] = e.after
         _set_input(by_name[name], None if static(e.input) else e.input)
         if static(e.input) and isinstance(by_name[name], Linear):
             observed[name] = e.input
-    calibrate.freeze(run.model, formats, by, batches, on_block, squares)
+    calibrate.freeze(run.model, formats, by, batches, on_block, squares, store)
     run.notes |= {"stored": chosen.notation(), "solver": by.name, "calibrated": bool(batches or squares)}
     if observed and batches:
+        run.read_weights()
         observe.observe(run.model, observed, batches, inputs, on_batch)
         run.notes["input_search"] = inputs
 

@@ -12,7 +12,8 @@ from halfbyte.errors import InputError
 from halfbyte.formats import FORMATS, Format, parse
 
 # What a matrix is for; models.py says which is which.
-ROLES = ("linear", "conv1d", "embedding", "head", "router")
+ROLES = ("linear", "conv1d", "expert", "convolution", "embedding", "position", "head", "router")
+_MULTIPLIED = ("linear", "conv1d", "expert")  # what a preset quantizes
 _SMALLER = (128, 64, 32)  # what a preset's group falls back to where it does not divide a layer's inputs
 
 
@@ -38,11 +39,13 @@ class Rule:
 
 @dataclass(frozen=True)
 class Scheme:
-    """fits: whether a group that does not divide a layer may become a smaller one (presets) or is an error."""
+    """fits: whether a group that does not divide a layer may become a smaller one (presets) or is an error. rows:
+    whether it may become a whole row, where no smaller one divides."""
 
     name: str
     rules: tuple[Rule, ...]
     fits: bool = False
+    rows: bool = False
 
     @property
     def static(self) -> bool:
@@ -61,6 +64,9 @@ class Scheme:
         if f is None or not isinstance(f.group, int) or f.flat or shape[-1] % f.group == 0:
             return rule
         group = next((g for g in _SMALLER if g < f.group and shape[-1] % g == 0), None)
+        by_row = f.name.replace(f"-g{f.group}", "-channel")
+        if self.fits and self.rows and group is None and by_row != f.name:
+            return replace(rule, weight=parse(by_row), why=f"by channel: {f.group} does not divide {shape[-1]}")
         if not self.fits or group is None:
             raise InputError(
                 f"{name}: a group of {f.group} does not divide its {shape[-1]} inputs; choose --group-size "
@@ -83,6 +89,15 @@ class Scheme:
             }
             for r in self.rules
         ]
+
+    def everywhere(self) -> Scheme:
+        """The same scheme for a module that no folder layout must hold: convolutions get the format of linear layers,
+        and rows that no group divides one scale."""
+        as_linear = next((r for r in self.rules if r.match == "@linear"), None)
+        rules = tuple(
+            replace(r, weight=as_linear.weight, why="") if as_linear and r is _CONVOLUTION else r for r in self.rules
+        )
+        return replace(self, rules=rules, rows=True)
 
     def with_group(self, group: int) -> Scheme:
         """The same scheme with a group size that the user gave: never changed to fit a layer."""
@@ -202,16 +217,19 @@ def _largest_divisor(n: int, most: int) -> int:
     return next(g for g in range(min(n, most), 0, -1) if n % g == 0)
 
 
+_CONVOLUTION = Rule("@convolution", None, why="convolution: small, and no folder layout of others has a place for it")
 _KEPT = (
     Rule("@embedding", None, why="embedding: a look-up, read one row at a time; its error reaches every layer"),
     Rule("@head", None, why="head: its error goes straight into the logits"),
     Rule("@router", None, why="router: small, and a wrong choice of expert costs more than it saves"),
+    Rule("@position", None, why="position: small, and added to all that the model is fed"),
+    _CONVOLUTION,
 )
 
 
 def _uniform(name: str, weight: str, input: str | None = None, fits: bool = False) -> Scheme:
     f_in = None if input is None else parse(input)
-    rules = tuple(Rule(f"@{role}", parse(weight), f_in) for role in ("linear", "conv1d"))
+    rules = tuple(Rule(f"@{role}", parse(weight), f_in) for role in _MULTIPLIED)
     return Scheme(name, (*_KEPT, *rules), fits)
 
 

@@ -12,8 +12,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import nn
 
-from halfbyte import adapters, data, evaluate, layers, models, observe, resume
+from halfbyte import adapters, calibrate, data, evaluate, kv_cache, layers, models, observe, resume, self_samples
 from halfbyte.errors import InputError
+from halfbyte.formats import Format
 from halfbyte.run import Run, attach_from, check_static, dequantize, disk_bytes, freeze, load, see_through, to_scheme
 from halfbyte.solvers import solver
 from halfbyte.train import TrainingArguments, train
@@ -114,18 +115,25 @@ class Dequantize(Step):
 class Freeze(Step):
     """Makes codes: by a scheme and a solver, or without a scheme each weight by its own grid. keep: weights that are
     codes already stay as they are. inputs: how the scales of static inputs are found on the calibration text, minmax,
-    percentile-P or mse. imatrix: a file of llama.cpp's, the importance of inputs, instead of calibration text."""
+    percentile-P or mse. imatrix: a file of llama.cpp's, the importance of inputs, instead of calibration text.
+
+    calibration: a file, records, "self" (what the model writes itself) or "none"; left out it is "self" where text is
+    needed. samples: rows of max_length tokens of it; 32, or 16 of the model's own.
+
+    A run whose weights are still on disk is quantized a block at a time, and goes on from what its checkpoint holds."""
 
     scheme: Any = None
     keep: bool = False
     group_size: int | None = None
     solver: str = "rtn"
     calibration: Any = None
-    samples: Positive = 32
+    samples: Positive | None = None
+    max_length: Positive = evaluate.CONTEXT
     imatrix: str | Path | None = None
     inputs: str = "mse"
     on_block: Any = None
     on_batch: Any = None
+    on_token: Any = None
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -136,8 +144,20 @@ class Freeze(Step):
             raise InputError("--imatrix or --calibration: both say which inputs matter; give one of them.")
         observe.check(self.inputs)
         if self.scheme is not None:
-            check_static(to_scheme(self.scheme, self.group_size), self.calibration)
+            check_static(to_scheme(self.scheme, self.group_size), self._text)
+            if by.needs_data and self._text is None:
+                raise InputError(f"--calibration none: {by.name} needs text; give a FILE, or self.")
         return self
+
+    @property
+    def _text(self) -> Any:
+        """What is read for calibration: a source of records, "self", or None."""
+        if isinstance(self.calibration, str) and self.calibration == "none":
+            return None
+        if self.calibration is not None or self.scheme is None or self.imatrix is not None:
+            return self.calibration
+        needed = solver(self.solver).needs_data or to_scheme(self.scheme, self.group_size).static
+        return "self" if needed else None
 
     def __call__(self, run: Run) -> None:
         if self.scheme is None:
@@ -150,18 +170,43 @@ class Freeze(Step):
             return
         chosen, by = to_scheme(self.scheme, self.group_size), solver(self.solver)
         squares = None if self.imatrix is None else models.importance(run.model, self.imatrix)
+        rows = self._rows(run)
+        most = None if rows is None else min(len(rows), self.samples or (16 if self._text == "self" else 32))
         told = {k: f for k, f in (("on_block", self.on_block), ("on_batch", self.on_batch)) if f is not None}
         freeze(
-            run, chosen, by, self._batches(run), keep=self.keep, inputs=self.inputs, squares=squares, **told,
+            run, chosen, by, None if rows is None else self._batches(run, rows, most), keep=self.keep,
+            inputs=self.inputs, squares=squares, store=self._store(run, chosen, by, rows, most), **told,
         )  # fmt: skip
 
-    def _batches(self, run: Run) -> list[data.Batch] | None:
-        if self.calibration is None:
+    def _rows(self, run: Run) -> data.Dataset | None:
+        if self._text is None:
             return None
-        most = getattr(run.model.config, "max_position_embeddings", None) or evaluate.CONTEXT
-        rows = data.encode(read(self.calibration), run.needs_tokenizer, min(evaluate.CONTEXT, most))
+        most = getattr(run.model.config, "max_position_embeddings", None) or self.max_length
+        length = min(self.max_length, most)
+        if isinstance(self._text, str) and self._text == "self":
+            run.read_weights()
+            told = {} if self.on_token is None else {"on_token": self.on_token}
+            return self_samples.sample(
+                run.model, run.needs_tokenizer, self.samples or self_samples.ROWS, length, run.seed, **told
+            )
+        return data.encode(read(self._text), run.needs_tokenizer, length)
+
+    def _batches(self, run: Run, rows: data.Dataset, most: int | None) -> list[data.Batch]:
         stream = data.batches(rows, 1, seed=run.seed, pad_token_id=pad_id(run))
-        return [next(stream) for _ in range(min(self.samples, len(rows)))]
+        return [next(stream) for _ in range(most or len(rows))]
+
+    def _store(self, run: Run, chosen: Any, by: Any, rows: data.Dataset | None, most: int | None) -> calibrate.Store:
+        """Where weights are meanwhile: on disk, but for a block, if the run has a place to keep what is found."""
+        if run.checkpoint is None or not run.from_disk:
+            run.read_weights()
+            return calibrate.IN_MEMORY
+        settings = {
+            "weights": models.identity(run.loaded.path), "dtype": str(run.loaded.config.dtype), "seed": run.seed,
+            "scheme": chosen.notation(), "solver": by.name, "keep": self.keep, "samples": most,
+            "text": None if rows is None else rows.sha256,
+            "imatrix": None if self.imatrix is None else models.identity(Path(self.imatrix)),
+        }  # fmt: skip
+        return models.Blockwise(run.loaded, run.checkpoint, settings)
 
 
 class Merge(Step):
@@ -321,7 +366,9 @@ def settle(model: nn.Module) -> None:
 
 
 class Evaluate(Step):
-    """Adds a row to the ledger. against: a MODEL, read in float32, or an evaluate.Reference."""
+    """Adds a row to the ledger. data: a file, records, or "self": rows that the reference writes itself, max_windows
+    of them or 16. against: a MODEL, read in float32, or an evaluate.Reference. kv_cache: a format that the model's
+    keys and values are seen through, as kv_cache.parse reads it."""
 
     data: Any
     against: Any = None
@@ -329,21 +376,43 @@ class Evaluate(Step):
     context: int = evaluate.CONTEXT
     batch_size: Positive = 4
     max_windows: Positive | None = None
+    kv_cache: str | None = None
     max_kl: float | None = None
     max_loss: float | None = None
     on_batch: Any = None
+    on_token: Any = None
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if _is_self(self.data) and self.against is None:
+            raise InputError("--data self are the reference's own samples: name the reference by --against MODEL.")
+        self._cache()
+        return self
+
+    def _cache(self) -> Format | None:
+        return None if self.kv_cache is None else kv_cache.parse(self.kv_cache)
 
     def __call__(self, run: Run) -> None:
-        records = read(self.data)
-        row = self._measure(run, records)
+        row = self._on_samples(run) if _is_self(self.data) else self._on_records(run, read(self.data))
         row.bytes = sum(map(disk_bytes, run.files)) if self.stage == "evaluate" else 0
         row.bits_per_weight = run.bits_per_weight()
         run.rows.append((self.stage, row.as_dict()))
         evaluate.check_budget(row, self.max_kl, self.max_loss)
 
-    def _measure(self, run: Run, records: list[data.Record]) -> evaluate.Row:
+    def _on_samples(self, run: Run) -> evaluate.Row:
+        if not run.causal:
+            raise InputError("--data self: a classifier writes no text; give it labelled records.")
+        reference, tokenizer = self._reference(), run.needs_tokenizer
+        assert reference is not None
+        n, told = self.max_windows or self_samples.ROWS, {} if self.on_token is None else {"on_token": self.on_token}
+        rows = self_samples.sample(reference.model, tokenizer, n, self.context, **told)
+        return self._measure(run, rows, reference)
+
+    def _on_records(self, run: Run, records: list[data.Record]) -> evaluate.Row:
         tokenizer = run.needs_tokenizer
         if not run.causal:
+            if self.kv_cache is not None:
+                raise InputError("--kv-cache: a classifier keeps no keys and values.")
             return evaluate.classification(
                 run.model, data.encode_classification(records, tokenizer, self.context, run.labels)
             )
@@ -351,16 +420,28 @@ class Evaluate(Step):
         check_length(rows, run, "--context")
         if self.max_windows is not None:
             rows.rows[:] = rows.rows[: self.max_windows]
-        reference = self.against
-        if reference is not None and not isinstance(reference, evaluate.Reference):
-            other = reference if isinstance(reference, Run) else load(reference, torch.float32)
-            reference = evaluate.Reference(other.model)
-        say = self.on_batch or (lambda done, total: None)
-        row = evaluate.measure(run.model, rows, reference, self.batch_size, say)
-        row.context = self.context
+        row = self._measure(run, rows, self._reference())
         if records[0].kind == "label":
-            row.accuracy, row.accuracy_error = evaluate.accuracy(run.model, records, tokenizer, self.context)
+            row.accuracy, row.accuracy_error = evaluate.accuracy(
+                run.model, records, tokenizer, self.context, self._cache()
+            )
         return row
+
+    def _reference(self) -> evaluate.Reference | None:
+        if self.against is None or isinstance(self.against, evaluate.Reference):
+            return self.against
+        other = self.against if isinstance(self.against, Run) else load(self.against, torch.float32)
+        return evaluate.Reference(other.model)
+
+    def _measure(self, run: Run, rows: data.Dataset, reference: evaluate.Reference | None) -> evaluate.Row:
+        told = {} if self.on_batch is None else {"on_batch": self.on_batch}
+        row = evaluate.measure(run.model, rows, reference, self.batch_size, cache=self._cache(), **told)
+        row.context = self.context
+        return row
+
+
+def _is_self(source: Any) -> bool:
+    return isinstance(source, str) and source == "self"
 
 
 def check_length(rows: data.Dataset, run: Run, flag: str) -> None:

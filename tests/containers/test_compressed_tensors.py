@@ -12,6 +12,7 @@ from halfbyte.containers import compressed_tensors as container
 from halfbyte.containers import container_for
 from halfbyte.formats import FORMATS, parse
 from halfbyte.layers import Codes, ops
+from halfbyte.scheme import scheme
 from miniatures import IDS, calibrated, folder, logits, make, quantized
 
 INTEGERS = [f"{u}int{bits}-{group}" for bits in range(2, 9) for u in ("", "u") for group in ("channel", "g32")]
@@ -186,16 +187,18 @@ def test_formats_without_a_layout_are_refused(f):
     assert container.refuses(parse(f), "linear")
 
 
-@pytest.mark.parametrize("role", ["conv1d", "embedding"])
+@pytest.mark.parametrize("role", ["convolution", "embedding"])
 def test_roles_without_a_place_are_refused(role):
     assert role in container.refuses(FORMATS["int4-g32"], role)
     with pytest.raises(InputError, match=rf"(?s)wte.*{role}"):
         container_for({"wte": (FORMATS["int4-g32"], role)})
 
 
-def test_gpt2_in_integers_is_refused_before_anything_is_written(tmp_path):
-    made = quantized(folder(tmp_path / "float", "gpt2"), "int4-g32")
+def test_gpt2_whose_inputs_are_rounded_is_refused_before_anything_is_written(tmp_path):
+    made = quantized(folder(tmp_path / "float", "gpt2"), "W8A8")
     (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match="conv1d"):
+        made.holds(scheme("W8A8"))
     with pytest.raises(InputError, match="conv1d"):
         models.save(made.loaded, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())

@@ -64,6 +64,17 @@ def test_what_is_read_is_memory_of_its_own(tmp_path):
     assert same(shards.get("a.weight"), TENSORS["a.weight"])
 
 
+def test_one_index_of_the_first_dimension_is_read_alone(tmp_path):
+    stack, vector = torch.randn(3, 4, 5), torch.arange(3)
+    save_file({"a": torch.zeros(7), "stack": stack, "vector": vector, "scalar": torch.tensor(1.0)}, tmp_path / "m")
+    shards = Shards([tmp_path / "m"])
+    assert all(torch.equal(shards.get("stack", i), stack[i]) for i in range(3))
+    assert shards.get("vector", 2) == 2
+    for name, at in (("stack", 3), ("scalar", 0)):
+        with pytest.raises(InputError, match=name):
+            shards.get(name, at)
+
+
 def test_several_shards(tmp_path):
     tensors = {f"t{i}": torch.full((100,), float(i)) for i in range(10)}
     total = write_shards(tmp_path, iter(tensors.items()), max_shard=1000)

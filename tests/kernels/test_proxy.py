@@ -21,13 +21,13 @@ def case(name, rows=19, inputs=512, seed=0):
     return w, kernels.qparams(w, parse(name)), h
 
 
-def upper(h, order):
-    return torch.linalg.cholesky(torch.linalg.inv(h[order][:, order].double()), upper=True).float()
+def lower(h, order):
+    return torch.linalg.cholesky(torch.linalg.inv(h[order][:, order].double())).float()
 
 
 def rounded(w, p, h, name):
     order = h.diagonal().argsort(descending=True)
-    first = proxy.in_order(w, parse(name), p, upper(h, order), order)
+    first = proxy.in_order(w, parse(name), p, lower(h, order), order)
     return first, proxy.descend(w, first, h)
 
 

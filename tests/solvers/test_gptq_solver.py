@@ -32,14 +32,14 @@ def test_outputs_are_nearer_than_with_rounding_weighed_or_not(name):
     w, x, gram = case()
     f = parse(name)
     plain, weighed = error(w, kernels.quantize(w, f), x), error(w, rtn.quantize(w, f, gram.diagonal()), x)
-    solved = error(w, gptq.quantize(w, f, gram), x)
+    solved = error(w, gptq.quantize(w, f, gptq.Form.of(gram)), x)
     assert solved < 0.75 * min(plain, weighed)
 
 
 @pytest.mark.parametrize("name", ["q4_0", "q4_1", "uint4-g64", "iq4_nl", "uint4-g64-affine"])
 def test_scales_fitted_to_codes_have_the_least_loss_for_them(name):
     w, _, gram = case()
-    h = gptq.damped(gram, 0.01)
+    h = gptq.Form.of(gram).h
     q = kernels.quantize(w, parse(name))
     fitted = gptq.refitted(w, q, h)
     assert torch.equal(fitted.codes, q.codes)
@@ -53,17 +53,18 @@ def test_scales_fitted_to_codes_have_the_least_loss_for_them(name):
 
 def test_the_factor_is_that_of_the_inverse():
     _, _, gram = case()
-    h = gptq.damped(gram, 0.01).double()
-    u = gptq.factor(h).double()
-    assert torch.equal(u, u.triu())
-    torch.testing.assert_close(u.T @ u @ h, torch.eye(len(h)).double(), atol=1e-4, rtol=0)
+    form = gptq.Form.of(gram)
+    h, lower = form.h[form.order][:, form.order].double(), form.factor.double()
+    assert torch.equal(lower, lower.tril())
+    assert (h.diagonal().diff() <= 0).all()
+    torch.testing.assert_close(lower @ lower.T @ h, torch.eye(len(h)).double(), atol=1e-4, rtol=0)
 
 
 def test_inputs_that_were_always_0_and_none_at_all():
     w, x, _ = case()
     x[:, 7] = 0
     for seen in (x, x * 0):
-        q = gptq.quantize(w, parse("int4-g64"), seen.T @ seen / len(seen))
+        q = gptq.quantize(w, parse("int4-g64"), gptq.Form.of(seen.T @ seen / len(seen)))
         assert q.dequantize().isfinite().all()
         assert (q.dequantize() - w).abs().max() < 0.1
 

@@ -23,8 +23,10 @@ NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not have a file 
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if left out.")]
 GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale; never changed once given.")]
-Calibration = Annotated[str | None, typer.Option(help="Text for solvers and schemes that take some.")]
-Samples = Annotated[int, typer.Option(min=1, help="Windows of 512 tokens of it.")]
+Calibration = Annotated[str | None, typer.Option(help="Text for solvers that take some: a file, self or none.")]
+Samples = Annotated[int | None, typer.Option(min=1, help="Rows of it; 32, or 16 that the model writes itself.")]
+MaxLength = Annotated[int, typer.Option("--max-length", min=1, help="Tokens a row of it.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from an interrupted run of this command.")]
 Imatrix = Annotated[str | None, typer.Option(help="llama.cpp's importance matrix, instead of such text.")]
 SolverName = Annotated[str, typer.Option("--solver", help="How codes are found: rtn, gptq.")]
 

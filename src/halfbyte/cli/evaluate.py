@@ -11,11 +11,14 @@ from halfbyte.cli.console import Dtype, Json, ModelArgument, Revision, emit, pro
 
 def command(
     model: ModelArgument,
-    data: Annotated[str, typer.Option(help="Held-out data, in any shape that train takes.")],
+    data: Annotated[
+        str, typer.Option(help="Held-out data, in any shape that train takes; self: the REFERENCE's own samples.")
+    ],
     against: Annotated[str | None, typer.Option(metavar="REFERENCE", help="Any MODEL; read in float32.")] = None,
     context: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
     max_windows: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
     batch_size: int = 4,
+    kv_cache: Annotated[str | None, typer.Option(help="See keys and values through a format: int8, q8_0.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Exit 3 if the mean KL is above.")] = None,
     max_loss: Annotated[float | None, typer.Option(help="Exit 3 if the loss is above.")] = None,
     dtype: Dtype = None,
@@ -29,13 +32,15 @@ def command(
     from halfbyte.evaluate import Row, check_budget
     from halfbyte.steps import Evaluate
 
-    read_records(data)  # before the model: bad data should fail first
+    if data != "self":
+        read_records(data)  # before the model: bad data should fail first
     check_budget(Row(kl_mean=0.0 if against else None, loss=0.0), max_kl, None)
-    loaded = run.load(model, dtype, revision)
-    Evaluate(
+    step = Evaluate(
         data=data, against=against, context=context, max_windows=max_windows, batch_size=batch_size,
-        on_batch=progress("batch"),
-    )(loaded)  # fmt: skip
+        kv_cache=kv_cache, on_batch=progress("batch"), on_token=progress("token"),
+    )  # fmt: skip
+    loaded = run.load(model, dtype, revision)
+    step(loaded)
     row = loaded.rows[-1][1]
     show = say if json else print
     show(f"{model} on {row['tokens']} tokens of {data} ({row['conventions']}):")

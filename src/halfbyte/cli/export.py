@@ -38,7 +38,7 @@ def command(
     ] = False,
     solver: SolverName = "rtn",
     calibration: Calibration = None,
-    samples: Samples = 32,
+    samples: Samples = None,
     imatrix: Imatrix = None,
     data: Annotated[
         str | None, typer.Option(help="What it is measured on; Python's own reference if left out.")
@@ -64,7 +64,7 @@ def command(
     target = kind(to, output)
     check_free(output, overwrite, model, data, calibration, imatrix)
     records = None if data is None else read_records(data)
-    found = export.Found(solver, calibration, samples, imatrix)
+    found = export.Found(solver, calibration, samples, imatrix=imatrix)
     loaded = export.read(model, parse_dtype(dtype), revision, target.ADAPTERS)
     job = export.job(loaded, target, format, requantize, found, revision, say, progress("block"))
     job.on_tensor = progress("tensor")

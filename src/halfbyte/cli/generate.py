@@ -17,6 +17,7 @@ def command(
     max_new_tokens: int = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: int = 0,
+    kv_cache: Annotated[str | None, typer.Option(help="Keep keys and values in a format: int8, q8_0.")] = None,
     dtype: Dtype = None,
     revision: Revision = None,
     json: Json = False,
@@ -24,6 +25,7 @@ def command(
     """Let a model write: go on from a prompt, answer it, or chat."""
     import torch
 
+    from halfbyte import kv_cache as caches
     from halfbyte import run
     from halfbyte.errors import InputError
     from halfbyte.generate import generate
@@ -36,16 +38,18 @@ def command(
         raise InputError("--prompt is empty: give the model something to go on from.")
     if max_new_tokens < 1 or temperature < 0:
         raise InputError("--max-new-tokens must be at least 1 and --temperature at least 0.")
+    if kv_cache is not None:
+        caches.parse(kv_cache)
     loaded = run.load(model, dtype, revision)
     tokenizer = loaded.needs_tokenizer
     torch.manual_seed(seed)
     if prompt is None:
         if not getattr(tokenizer, "chat_template", None):
             raise InputError(f"{model} has no chat template to chat through; give a --prompt to go on from.")
-        _chat(loaded, max_new_tokens, temperature)
+        _chat(loaded, max_new_tokens, temperature, kv_cache)
         return
     show = (lambda text: None) if json else (lambda text: print(text, end="", flush=True))
-    out = generate(loaded.model, tokenizer, prompt, max_new_tokens, chat, temperature, show)
+    out = generate(loaded.model, tokenizer, prompt, max_new_tokens, chat, temperature, show, kv_cache)
     if json:
         emit({"text": out.text, "tokens": out.tokens, "tokens_per_second": out.tokens_per_second})
     else:
@@ -53,7 +57,7 @@ def command(
         say(f"{out.tokens} tokens, {out.tokens_per_second:.1f} a second")
 
 
-def _chat(loaded: Any, max_new_tokens: int, temperature: float) -> None:
+def _chat(loaded: Any, max_new_tokens: int, temperature: float, kv_cache: str | None) -> None:
     """Turns on a terminal until an empty line or end of file."""
     from halfbyte.generate import generate
 
@@ -69,7 +73,7 @@ def _chat(loaded: Any, max_new_tokens: int, temperature: float) -> None:
         messages.append({"role": "user", "content": said})
         out = generate(
             loaded.model, loaded.tokenizer, messages, max_new_tokens, True, temperature,
-            lambda text: print(text, end="", flush=True),
+            lambda text: print(text, end="", flush=True), kv_cache,
         )  # fmt: skip
         print()
         messages.append({"role": "assistant", "content": out.text})

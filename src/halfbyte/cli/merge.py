@@ -30,7 +30,7 @@ def command(
     group_size: GroupSize = None,
     solver: SolverName = "rtn",
     calibration: Calibration = None,
-    samples: Samples = 32,
+    samples: Samples = None,
     imatrix: Imatrix = None,
     base: Annotated[
         str, typer.Option(help="trained: what the adapter was trained on; original: the 16-bit one.")
@@ -50,7 +50,7 @@ def command(
     from halfbyte.run import disk_bytes, to_scheme
 
     check_free(output, overwrite, adapter, data, calibration, imatrix)
-    found = export.Found(solver, calibration, samples, imatrix)
+    found = export.Found(solver, calibration, samples, imatrix=imatrix)
     if to is None and found.needs_model:
         raise InputError("--solver, --calibration and --imatrix are of a scheme to quantize to: add --to SCHEME.")
     scheme = None if to is None else export.chosen(to) if output.suffix in FILES else to_scheme(to, group_size)

@@ -13,10 +13,12 @@ from halfbyte.cli.console import (
     GroupSize,
     Imatrix,
     Json,
+    MaxLength,
     ModelArgument,
     NoVerify,
     Output,
     Overwrite,
+    Resume,
     Revision,
     Samples,
     SolverName,
@@ -34,7 +36,8 @@ def command(
     group_size: GroupSize = None,
     solver: SolverName = "rtn",
     calibration: Calibration = None,
-    samples: Samples = 32,
+    samples: Samples = None,
+    max_length: MaxLength = 512,
     imatrix: Imatrix = None,
     input_search: Annotated[
         str | None, typer.Option(help="How W8A8_STATIC finds scales of inputs: minmax, percentile-99.99, mse.")
@@ -42,39 +45,47 @@ def command(
     no_verify: NoVerify = False,
     dtype: Dtype = None,
     revision: Revision = None,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Quantize a model after training: into a folder, or a file such as OUT.gguf."""
     from halfbyte import export, run, solvers
-    from halfbyte.folders import FILES, check_free
+    from halfbyte.folders import CHECKPOINT, FILES, check_free, whole
     from halfbyte.plan import plan, totals
-    from halfbyte.recipe import save
     from halfbyte.run import disk_bytes, to_scheme
     from halfbyte.steps import Freeze
 
+    if resume and output.exists():
+        say(f"{output} is finished; nothing to do.")
+        if json:
+            emit({"output": str(output), "bytes": disk_bytes(output)})
+        return
     check_free(output, overwrite, model, calibration, imatrix)
     scheme, by = to_scheme(to, group_size), solvers.solver(solver)
-    if calibration is not None and not (by.needs_data or by.uses or scheme.static):
+    if calibration not in (None, "none") and not (by.needs_data or by.uses or scheme.static):
         say(f"--calibration is not used: {by.name} takes none.")
     if input_search is not None and not scheme.static:
         say(f"--input-search is not used: {scheme.name} has no scales of inputs to find.")
-    found = export.Found(solver, calibration, samples, imatrix, input_search or export.Found.inputs)
+    found = export.Found(solver, calibration, samples, max_length, imatrix, input_search or export.Found.inputs)
     summary: dict[str, Any] = {"output": str(output), "scheme": scheme.name, "solver": solver}
     if output.suffix in FILES:
-        summary |= _to_file(model, output, to, found, no_verify, dtype, revision, overwrite)
+        summary |= _to_file(model, output, to, found, no_verify, dtype, revision, resume, overwrite)
     else:
         freeze = Freeze(scheme=scheme, **vars(found))
-        loaded = run.load(model, dtype, revision)
+        loaded = run.load(model, dtype, revision, weights=False)
         entries = plan(loaded.model, scheme)
         say(f"{model} -> {scheme.name} by {by.says}:")
         show_plan(entries)
         loaded.holds(scheme)
         freeze.on_block, freeze.on_batch = progress("block"), progress("calibration row")
-        freeze(loaded)
-        bits = loaded.bits_per_weight()
-        loaded.rows.append(("quantized", {"bits_per_weight": bits, "scheme": scheme.name}))
-        save(loaded, output, overwrite)
+        freeze.on_token = progress("token of the model's own text")
+        with whole(output, overwrite, resume) as partial:
+            loaded.checkpoint = partial / CHECKPOINT
+            freeze(loaded)
+            bits = loaded.bits_per_weight()
+            loaded.rows.append(("quantized", {"bits_per_weight": bits, "scheme": scheme.name}))
+            loaded.write(partial, output.resolve().name)
         n, before, _ = totals(entries)
         summary |= {"parameters": n, "bytes_before": before, "bits_per_weight": bits}
     size = disk_bytes(output)
@@ -91,10 +102,12 @@ def _to_file(
     no_verify: bool,
     dtype: str | None,
     revision: str | None,
+    resume: bool,
     overwrite: bool,
 ) -> dict[str, Any]:
     """A tensor at a time where no text is needed, read back by the program that the file is for."""
     from halfbyte import export, solvers
+    from halfbyte.folders import CHECKPOINT, begin
     from halfbyte.kinds import kind
     from halfbyte.plan import plan, totals
     from halfbyte.run import parse_dtype
@@ -104,9 +117,10 @@ def _to_file(
     entries = plan(loaded.model, export.chosen(to))
     say(f"{model} -> {to} by {solvers.solver(found.solver).says}:")
     show_plan(entries)
-    job = export.job(loaded, target, to, True, found, revision, say, progress("block"))
+    work = begin(output, overwrite, resume) / CHECKPOINT
+    job = export.job(loaded, target, to, True, found, revision, say, progress("block"), work)
     job.on_tensor = progress("tensor")
-    done = export.export(model, job, target, output, None if no_verify else export.Proof(), overwrite, say)
+    done = export.export(model, job, target, output, None if no_verify else export.Proof(), overwrite, say, True)
     n, before, _ = totals(entries)
     return {
         "parameters": n, "bytes_before": before, "read_back": bool(done.rows),

@@ -51,15 +51,19 @@ CONTAINERS: dict[str, Container] = {
 }
 
 
-# Those that plain transformers reads: what a folder becomes unless another is asked for.
-DEFAULTS = (compressed_tensors, bitsandbytes)
+# Those that transformers reads: what a folder becomes unless another is asked for. GPTQ's is that of GPT-2 in integers.
+DEFAULTS = (compressed_tensors, bitsandbytes, gptq)
 
 
-def container_for(sites: Mapping[str, tuple[Format, str]], first: Container | None = None) -> Container:
-    """The first container that holds all of these (module -> format, role): `first`, then those of DEFAULTS. Raises
-    InputError with each one's reason if none does."""
+def container_for(
+    sites: Mapping[str, tuple[Format, str]], first: Container | None = None, rounded: bool = False
+) -> Container:
+    """The first container that holds all of these (module -> format, role): `first`, then those of DEFAULTS. rounded:
+    whether inputs are rounded, which compressed-tensors alone holds. Raises InputError with each one's reason if none
+    does."""
     reasons = []
-    for c in dict.fromkeys(c.METHOD for c in ([first] if first else []) + [*DEFAULTS]):  # pyright: ignore
+    able = [compressed_tensors] if rounded else [*([first] if first else []), *DEFAULTS]
+    for c in dict.fromkeys(c.METHOD for c in able):  # pyright: ignore
         why = next((f"{name}: {w}" for name, (f, role) in sites.items() if (w := CONTAINERS[c].refuses(f, role))), None)
         if why is None:
             return CONTAINERS[c]

@@ -26,7 +26,7 @@ READER = "transformers with compressed-tensors (0.15 to 0.17.1), vLLM"
 
 
 def refuses(f: Format, role: str) -> str | None:
-    if role not in ("linear", "head"):
+    if role not in ("linear", "head", "expert"):
         return f"it has no place for a weight of kind {role}"
     if fp4.holds(f):
         return None

@@ -30,8 +30,8 @@ _SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def refuses(f: Format, role: str) -> str | None:
-    """See Container."""
-    if role not in ("linear", "head"):
+    """See Container. Conv1D is held as the Linear that GPTQModel makes of it, (out, in)."""
+    if role not in ("linear", "head", "expert", "conv1d"):
         return f"it has no place for a weight of kind {role}"
     integers = isinstance(f.grid, Integers) and f.bits in _BITS and f.zero in (None, "integer")
     if not integers or f.scale != SOURCE or f.flat or f.group == "tensor":

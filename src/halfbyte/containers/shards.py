@@ -75,11 +75,17 @@ class Shards:
     def dtype(self, name: str) -> torch.dtype:
         return _DTYPES[self._where[name][1]]
 
-    def get(self, name: str) -> Tensor:
-        """The tensor, in memory of its own. Raises InputError if there is none of that name."""
+    def get(self, name: str, at: int | None = None) -> Tensor:
+        """The tensor, or what it holds at one index of its first dimension, in memory of its own. Raises InputError if
+        there is none of that name, or it holds no so many."""
         if name not in self._where:
             raise InputError(f"{self.files[0].parent if self.files else '?'}: the tensor {name!r} is missing.")
         file, dtype, shape, begin, end = self._where[name]
+        if at is not None:
+            if not shape or at >= shape[0]:
+                raise InputError(f"{file}: the tensor {name!r} of the shape {shape} holds no {at + 1}.")
+            size = (end - begin) // shape[0]
+            begin, end, shape = begin + at * size, begin + (at + 1) * size, shape[1:]
         data = bytearray(end - begin)
         with open(file, "rb") as f:  # buffered: a raw read ends after 2 GiB
             f.seek(begin)

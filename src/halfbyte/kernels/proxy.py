@@ -30,7 +30,7 @@ def in_order(w: Tensor, f: Format, p: QParams, factor: Tensor, order: Tensor) ->
     """Rounds the columns of w (out, in) one after the other, each one's error made good by those that follow: GPTQ
     (arXiv:2210.17323, algorithm 1), with scales that are fixed beforehand, so that any order leaves the file as it is.
 
-    factor: float32 (in, in), upper, U with U^T U = H^-1, both in the order of columns that `order` (in,) gives.
+    factor: float32 (in, in), lower, L with L L^T = H^-1, both in the order of columns that `order` (in,) gives.
     """
     q = _held(w, f, p)
     codes = torch.empty(w.shape, dtype=torch.uint8)
@@ -125,7 +125,7 @@ def _reference(
         for j, (code, value) in enumerate(columns):
             codes[:, j] = code(w[:, j])
             error = (w[:, j] - value(codes[:, j])) / m[j, j]
-            w[:, j + 1 :] -= error[:, None] * m[j, j + 1 :]
+            w[:, j + 1 :] -= error[:, None] * m[j + 1 :, j]
         return
     held = torch.stack([value(codes[:, j]) for j, (_, value) in enumerate(columns)], 1)
     gradient = (held - w) @ m

@@ -173,7 +173,7 @@ def _candidates(rows: Tensor, f: Format) -> Iterator[Found]:
             yield full * r, None
 
 
-def _refit(rows: Tensor, f: Format, values: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+def refit(rows: Tensor, f: Format, values: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
     """Least squares of rows on the values that their codes stand for: scale, float zero, and the error saved.
 
     scale = sum(w v) / sum(v^2), and with a float zero the regression with an intercept. The error of that fit is
@@ -206,7 +206,7 @@ def mse(rows: Tensor, f: Format, weight: Tensor | None = None) -> Found:
         p = QParams(scale, zero)
         codes, _ = round_to_grid(normalize(rows, f, p), f, p.zero)
         values = grid_values(codes, f, None if zero is None else zero.reshape(-1, 1))
-        scale, offset, saved = _refit(rows, f, values, weight)
+        scale, offset, saved = refit(rows, f, values, weight)
         better = saved > most
         most = torch.where(better, saved, most)
         best_scale = torch.where(better, scale, best_scale)

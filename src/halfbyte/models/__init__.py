@@ -1,13 +1,14 @@
 """Models on disk and in memory: the only importer of transformers' models. A skeleton, its checkpoint, its blocks."""
 
+from halfbyte.models.blockwise import Blockwise, identity
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.gguf import parts
 from halfbyte.models.importance import importance
 from halfbyte.models.loading import Loaded, is_encoder, load, resolve, skeleton
 from halfbyte.models.saving import own_container, save
-from halfbyte.models.structure import blocks, roles, tied
+from halfbyte.models.structure import blocks, role_of_parameter, roles, stacks, tied
 
 __all__ = [
-    "Checkpoint", "Loaded", "blocks", "importance", "is_encoder", "load", "own_container", "parts", "resolve", "roles",
-    "save", "skeleton", "tied",
+    "Blockwise", "Checkpoint", "Loaded", "blocks", "identity", "importance", "is_encoder", "load", "own_container",
+    "parts", "resolve", "role_of_parameter", "roles", "save", "skeleton", "stacks", "tied",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
 
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from halfbyte.containers import CONTAINERS, Container, compressed_tensors
 from halfbyte.containers.shards import Shards
 from halfbyte.errors import InputError
+from halfbyte.experts import Fused
 from halfbyte.formats import Format
-from halfbyte.layers import Codes, Linear, Op, ops
+from halfbyte.layers import Codes, Conv, Linear, Op, ops
 from halfbyte.qtensor import QParams, QTensor
 from halfbyte.scheme import static
 
@@ -37,10 +39,32 @@ class Source(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Slice:
+    """A matrix of one expert, or its bias, in the fused tensor `name`: the i-th of n that this holds of each."""
+
+    name: str
+    expert: int
+    i: int
+    n: int
+    fused: Fused
+
+    def of(self, shards: Shards, shape: tuple[int, ...]) -> Tensor:
+        """Raises InputError for a tensor that does not hold matrices of that shape."""
+        t = shards.get(self.name, self.expert)
+        needed = (shape[0] * self.n, *shape[1:])
+        needed = needed[::-1] if self.fused.turned else needed
+        if tuple(t.shape) != needed:
+            raise InputError(
+                f"{self.name} has the shape {tuple(t.shape)} an expert on disk; the config makes it {needed}."
+            )
+        return self.fused.split(t, self.n)[self.i]
+
+
 class Folder:
     """The safetensors of a Hugging Face folder: floats, or codes in a layout of CONTAINERS."""
 
-    def __init__(self, shards: Shards, names: Mapping[str, str], quantization: Any = None) -> None:
+    def __init__(self, shards: Shards, names: Mapping[str, str | Slice], quantization: Any = None) -> None:
         self.shards, self.names = shards, names
         self.container: Container | None = None
         self.formats: dict[str, tuple[Format, Format | None]] = {}
@@ -69,7 +93,9 @@ class Folder:
             if len(shape) != 2:
                 raise InputError(f"{name} is codes on disk, which only matrices can be; the config makes it {shape}.")
             return self.container.decode(stored, self.formats[stored][0], shape, self.shards.get, self.config)
-        t = self.shards.get(self.names[name])
+        if isinstance(where := self.names[name], Slice):
+            return where.of(self.shards, shape)
+        t = self.shards.get(where)
         return t.T.contiguous() if turned and t.ndim == 2 else t
 
     def input(self, name: str) -> tuple[Format | None, QParams | None]:
@@ -79,7 +105,8 @@ class Folder:
         return f, compressed_tensors.decode_input(stored, f, self.shards.get) if f and static(f) else None
 
     def _stored(self, name: str) -> str:
-        return self.names[name].removesuffix(".weight") if name.endswith(".weight") else ""
+        where = self.names[name]
+        return where.removesuffix(".weight") if name.endswith(".weight") and isinstance(where, str) else ""
 
 
 def _dtype(shards: Shards) -> torch.dtype:
@@ -104,6 +131,8 @@ class Checkpoint:
 
     def weight(self, name: str, op: Op) -> Tensor | QTensor:
         """What is stored for the weight of the op of that name."""
+        if isinstance(op, Conv):
+            return self.floats(f"{name}.weight", (op.weight.shape[0], *op.kernel)).flatten(1)
         return self._checked(f"{name}.weight", tuple(op.weight.shape), op.transposed)
 
     def floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -127,14 +156,16 @@ class Checkpoint:
         if dtype is not None and dtype not in _FLOATS:
             raise InputError(f"a model's weights are float32, bfloat16 or float16, not {reprlib.repr(dtype)}.")
         for name, op in ops(model):
-            if not name.startswith(prefix) or f"{name}.weight" not in self.source:
+            if not _under(name, prefix) or f"{name}.weight" not in self.source:
                 continue
             if op.weight.device.type == "meta" and not isinstance(op.weight.stored, Codes):
                 self._place(name, op, dtype)
+            elif op.weight.device.type == "meta":  # codes that were let go
+                op.weight.store(self.weight(name, op))
         if dtype is None:
             return
         for name, p in list(model.named_parameters()):
-            if p.device.type != "meta" or not name.startswith(prefix):
+            if p.device.type != "meta" or not _under(name, prefix):
                 continue
             owner, _, attribute = name.rpartition(".")
             if name in self.source:
@@ -160,7 +191,15 @@ class Checkpoint:
             op.weight.store(value.to(dtype))
 
     def release(self, model: nn.Module, prefix: str) -> None:
-        """Puts the float weights under `prefix` back on the meta device."""
+        """Puts all weights under `prefix`, codes too, back on the meta device."""
+        for name, m in model.named_modules():
+            if _under(name, prefix):
+                for key, p in m.named_parameters(recurse=False):
+                    m.register_parameter(key, nn.Parameter(p.to("meta"), requires_grad=False))
         for name, op in ops(model):
-            if name.startswith(prefix) and isinstance(op.weight.stored, nn.Parameter):
-                op.weight.store(torch.empty_like(op.weight.stored, device="meta"))
+            if _under(name, prefix) and isinstance(stored := op.weight.stored, Codes):
+                op.weight.store(stored.q.to("meta"))
+
+
+def _under(name: str, prefix: str) -> bool:
+    return not prefix or name == prefix or name.startswith(f"{prefix}.")

@@ -6,6 +6,7 @@ import contextlib
 import io
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from torch import nn
 from halfbyte.containers.gguf import File
 from halfbyte.containers.shards import Shards, read_json, sha256_of
 from halfbyte.errors import InputError, reason
+from halfbyte.experts import Experts, fused
 from halfbyte.layers import swap
 from halfbyte.models import gguf, gguf_tokenizer
-from halfbyte.models.checkpoint import Checkpoint, Folder
+from halfbyte.models.checkpoint import Checkpoint, Folder, Slice
+from halfbyte.models.names import Names
 
 _GENERATION = "generation_config.json"
 
@@ -107,7 +110,9 @@ def load(
         model.generation_config = _generation(path)
     dtype = torch.float32 if (dtype := dtype or config.dtype) is None else dtype
     config.dtype = dtype
-    names = _names(model, shards, path)
+    _check_experts(model, shards, path)
+    swap(model)
+    names = _names(model, shards)
     checkpoint = None
     if names is None:
         if quantization is not None:
@@ -116,11 +121,18 @@ def load(
         model = _by_transformers(type(model), path, dtype)
         swap(model)
     else:
-        swap(model)
         checkpoint = Checkpoint(Folder(shards, names, quantization))
+        _will_be(model, dtype)
         checkpoint.materialize(model, dtype if weights else None)
     sha256 = shards.sha256() if weights else ""
     return Loaded(model.eval(), _tokenizer(path), str(source), path, sha256, checkpoint)
+
+
+def _will_be(model: nn.Module, dtype: torch.dtype) -> None:
+    """Gives what is on the meta device the dtype that it will have, for all that asks before it is read."""
+    for p in model.parameters():
+        if p.device.type == "meta" and p.dtype.is_floating_point:
+            p.data = p.data.to(dtype)
 
 
 def _quiet() -> None:
@@ -187,24 +199,44 @@ def skeleton(config: Any, labels: list[str] | None = None) -> Any:
     return model
 
 
-def _names(model: nn.Module, shards: Shards, path: Path) -> dict[str, str] | None:
-    """Parameter's name -> its name on disk, without ".weight" for quantized ones told apart later.
+def _names(model: nn.Module, shards: Shards) -> dict[str, str | Slice] | None:
+    """Parameter's name -> its name on disk, without ".weight" for quantized ones told apart later; or where it lies in
+    the tensor of all experts.
 
     Checkpoints of a bare model lack the base's prefix, or have one more. None if neither way covers the model:
     then transformers' own loader knows what was renamed.
     """
-    present = {re.sub(r"\.(weight_packed|weight_scale|qweight)$", ".weight", n) for n in shards}
+    names = Names(model)
+    there = {re.sub(r"\.(weight_packed|weight_scale|qweight)$", ".weight", n) for n in shards}
+    present: dict[str, str] = {names.held(n): n for n in there} | {n: n for n in there}
+    layouts = {name: m.fused for name, m in model.named_modules() if isinstance(m, Experts)}
     prefix = getattr(model, "base_model_prefix", "") + "."
     groups: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(p), []).append(name)
+        groups.setdefault(id(p), []).append(name.removesuffix(".stored"))
     ways = (lambda n: n, lambda n: n.removeprefix(prefix), lambda n: prefix + n)
     for way in ways:
-        found = {n: way(n) for g in groups.values() for n in g if way(n) in present}
+
+        def where(name: str, way: Callable[[str], str] = way) -> str | Slice | None:
+            if (own := present.get(way(name))) is not None or (part := names.fused(name)) is None:
+                return own
+            target, expert, i, n = part
+            whole = present.get(way(target))
+            return None if whole is None else Slice(whole, expert, i, n, layouts[target.rpartition(".")[0]])
+
+        found = {n: at for g in groups.values() for n in g if (at := where(n)) is not None}
         missing = [g[0] for g in groups.values() if not any(n in found for n in g)]
         if all(m.split(".")[0] in ("classifier", "score", "pre_classifier") for m in missing):
             return found
     return None
+
+
+def _check_experts(model: nn.Module, shards: Shards, path: Path) -> None:
+    """Raises InputError where the config describes more experts than the weights can be of: each becomes modules."""
+    described = sum(next(m.parameters()).shape[0] for m in model.modules() if fused(m) is not None)
+    held = len(list(shards)) + sum(shards.shape(n)[0] for n in shards if len(shards.shape(n)) == 3)
+    if described > held:
+        raise InputError(f"{path / 'config.json'} speaks of {described} experts, and its weights are not of so many.")
 
 
 def _check_size(model: nn.Module, shards: Shards, path: Path) -> None:
@@ -246,6 +278,7 @@ def _load_gguf(source: str | Path, path: Path, dtype: torch.dtype, weights: bool
     stored.check(dict(model.named_parameters(remove_duplicate=False)))
     swap(model)
     checkpoint = Checkpoint(stored)
+    _will_be(model, dtype)
     checkpoint.materialize(model, dtype if weights else None)
     sha256 = sha256_of([path]) if weights else ""
     return Loaded(model.eval(), gguf_tokenizer.read(file), str(source), path, sha256, checkpoint)

@@ -15,9 +15,11 @@ from halfbyte.containers import Container, container_for
 from halfbyte.containers.shards import write_shards
 from halfbyte.errors import InputError
 from halfbyte.formats import Format
-from halfbyte.layers import Codes, Linear, Op, ops
+from halfbyte.layers import Codes, Conv, Linear, Op, ops
+from halfbyte.models.blockwise import Solved
 from halfbyte.models.checkpoint import Folder
 from halfbyte.models.loading import Loaded
+from halfbyte.models.names import Names
 from halfbyte.models.structure import roles
 from halfbyte.qtensor import QTensor
 
@@ -49,12 +51,12 @@ def parameters(loaded: Loaded) -> Iterator[tuple[str, Op | None, Callable[[], Va
 
 def _weight(loaded: Loaded, name: str, op: Op) -> Value:
     stored = op.weight.stored
-    if isinstance(stored, Codes) and not op.weight.adapters:
-        return stored.q
     if op.weight.device.type == "meta":
         assert loaded.checkpoint is not None
         value = loaded.checkpoint.weight(name, op)
         return value if isinstance(value, QTensor) else value.to(loaded.config.dtype)
+    if isinstance(stored, Codes) and not op.weight.adapters:
+        return stored.q
     return op.weight.value().detach()
 
 
@@ -85,8 +87,13 @@ def tensors(
                 raise InputError(f"{name}: its inputs are in an order of their own, which only GPTQ's layout holds.")
             yield from container.encode(name.removesuffix(".weight"), value, getattr(op, "input", None)).items()
         else:
-            yield name, value.T if op is not None and op.transposed else value
+            yield name, value if op is None else _as_held(op, value)
         on_tensor(i + 1, len(everything))
+
+
+def _as_held(op: Op, value: Tensor) -> Tensor:
+    """Floats of an op's weight, as the module that it stands for held them."""
+    return value.unflatten(1, op.kernel) if isinstance(op, Conv) else value.T if op.transposed else value
 
 
 def _by_weight(loaded: Loaded, formats: Mapping[str, Format]) -> dict[int, Format]:
@@ -124,6 +131,7 @@ def _within(name: str, roots: set[str]) -> bool:
 def own_container(loaded: Loaded) -> Container | None:
     """The layout that the model's codes came in, if it came as a folder."""
     source = None if loaded.checkpoint is None else loaded.checkpoint.source
+    source = source.base if isinstance(source, Solved) else source
     return source.container if isinstance(source, Folder) else None
 
 
@@ -140,24 +148,29 @@ def save(
     Raises InputError, before anything is written, if no layout holds the model's formats; and for values that a format
     or dtype does not hold.
     """
-    model, role = loaded.model, roles(loaded.model)
+    model, role, names = loaded.model, roles(loaded.model), Names(loaded.model)
     config = copy.deepcopy(model.config)
     config.dtype = floats or config.dtype
     sites = _sites(loaded, formats, floats)
     if sites:
+        named = dict(ops(model))
+        inputs = {n: getattr(named[n], "input", None) for n in sites}
         container = container or container_for(
-            {n: (q.format, role[n]) for n, q in sites.items()}, own_container(loaded)
+            {n: (q.format, role[n]) for n, q in sites.items()}, own_container(loaded), any(inputs.values())
         )
         kept = [n for n, op in ops(model) if n not in sites and isinstance(op, Linear)]
-        named = dict(ops(model))
-        said = container.config({n: (q, getattr(named[n], "input", None)) for n, q in sites.items()}, kept)
+        # by both of its names: transformers goes by that in memory, others, as we do, by that in the folder
+        both = {n: dict.fromkeys((n, names.stored(f"{n}.weight").removesuffix(".weight"))) for n in (*sites, *kept)}
+        covered = {to: (q, inputs[n]) for n, q in sites.items() for to in both[n]}
+        said = container.config(covered, [to for n in kept for to in both[n]])
         config.quantization_config = said
         if container.METHOD == "mlx":  # which has a key of its own, and no name of a method
             del config.quantization_config
             config.quantization = {k: v for k, v in said.items() if k != "quant_method"}
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
-    write_shards(folder, tensors(loaded, container, formats, floats, on_tensor))
+    parts = tensors(loaded, container, formats, floats, on_tensor)
+    write_shards(folder, names.folder(parts, names.together(sites)))
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)  # pyright: ignore
     if loaded.tokenizer is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from halfbyte.solvers import rtn
 SAYS = "GPTQ, then descent on its loss in codes and scales"
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
 ROUNDS = 2
-_ELEMENTS = 1 << 24  # of the largest temporary while scales are fitted
+_ELEMENTS = 1 << 24  # of the rows that are solved at a time, and of the largest temporary while scales are fitted
+_EXACT = 4096  # inputs up to which H is factored in float64; above it, that would take the most memory of all
 _log = logging.getLogger("halfbyte")
 
 
@@ -27,46 +29,69 @@ def solve(
 ) -> dict[str, QTensor]:
     """See halfbyte.solvers.Solve. What saw no input, or has a format that is not solved for, is rounded to nearest, and
     the log says so."""
-    out = {}
+    out: dict[str, QTensor] = {}
+    alike: dict[int, list[str]] = {}  # by their moments: what is fed the same
     for name, site in sites.items():
-        w, f, gram = site.op.weight.value(), site.format, site.moments and site.moments.gram
-        why = proxy.refuses(f, tuple(w.shape)) or ("it saw no input" if gram is None else None)
-        if gram is None or why is not None:
+        f, gram = site.format, site.moments and site.moments.gram
+        why = proxy.refuses(f, tuple(site.op.weight.shape)) or ("it saw no input" if gram is None else None)
+        if why is not None:
             _log.warning("%s is rounded to nearest: %s", name, why)
-            out[name] = rtn.quantize(w, f)
+            out[name] = rtn.quantize(site.op.weight.value(), f)
         else:
-            out[name] = quantize(w, f, gram)
-    return out
+            alike.setdefault(id(gram), []).append(name)
+    for names in alike.values():
+        form = Form.of(sites[names[0]].moments.gram)
+        for name in names:
+            out[name] = quantize(sites[name].op.weight.value(), sites[name].format, form)
+    return {name: out[name] for name in sites}
 
 
-def quantize(w: Tensor, f: Format, gram: Tensor, damping: float = DAMPING, rounds: int = ROUNDS) -> QTensor:
-    """w (out, in) in a format, the loss (w - q) H (w - q)^T made small, H being `gram` (in, in) with damping."""
-    h = damped(gram, damping)
-    p = rtn.weighed(w, f, h.diagonal())
-    order = h.diagonal().argsort(descending=True)
-    q = proxy.in_order(w, f, p, factor(h[order][:, order]), order)
-    q = proxy.descend(w, q, h)
+@dataclass(frozen=True)
+class Form:
+    """A loss's quadratic form. h: float32 (in, in), with damping on its diagonal, and 1 there for an input that was
+    always 0. order: (in,), of columns, the largest of the diagonal first. factor: float32 (in, in), lower, L with
+    L L^T = H^-1, both in that order."""
+
+    h: Tensor
+    order: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, gram: Tensor, damping: float = DAMPING) -> Form:
+        """Of the mean of x x^T, (in, in)."""
+        h = gram.float().clone()
+        d = h.diagonal()
+        mean = d.mean()
+        d += damping * mean + (0 if mean > 0 else 1)
+        order = d.argsort(descending=True)
+        return cls(h, order, _factor(h, order))
+
+
+def _factor(h: Tensor, order: Tensor) -> Tensor:
+    """See Form. With R the other way round R H R = C C^T, so that L = R C^-T R: H is not inverted."""
+    backward = order.flip(0)
+    c = h[backward[:, None], backward]
+    c = c.double() if len(h) <= _EXACT else c
+    torch.linalg.cholesky(c, out=c)
+    inverse = torch.eye(len(c), dtype=c.dtype)
+    torch.linalg.solve_triangular(c, inverse, upper=False, out=inverse)
+    del c
+    return inverse.T.flip(0, 1).float().contiguous()
+
+
+def quantize(w: Tensor, f: Format, form: Form, rounds: int = ROUNDS) -> QTensor:
+    """w (out, in) in a format, the loss (w - q) H (w - q)^T made small; some rows at a time, where they are many."""
+    step = len(w) if f.flat or f.group == "tensor" else max(1, _ELEMENTS // w.shape[1])
+    return QTensor.stacked([_quantize(part, f, form, rounds) for part in w.split(max(1, step))])
+
+
+def _quantize(w: Tensor, f: Format, form: Form, rounds: int) -> QTensor:
+    p = rtn.weighed(w, f, form.h.diagonal())
+    q = proxy.in_order(w, f, p, form.factor, form.order)
+    q = proxy.descend(w, q, form.h)
     for _ in range(rounds if fits(f) else 0):
-        q = proxy.descend(w, refitted(w, q, h), h)
+        q = proxy.descend(w, refitted(w, q, form.h), form.h)
     return q
-
-
-def damped(gram: Tensor, damping: float) -> Tensor:
-    """H: with damping on its diagonal, and 1 there for an input that was always 0."""
-    h = gram.float().clone()
-    d = h.diagonal()
-    mean = d.mean()
-    d += damping * mean + (0 if mean > 0 else 1)
-    return h
-
-
-def factor(h: Tensor) -> Tensor:
-    """Upper U with U^T U = H^-1, float32."""
-    h = h.double()
-    flipped = torch.linalg.cholesky(h.flip(0, 1))  # H = L' L'^T from the other end gives U without an inverse
-    upper = flipped.flip(0, 1)
-    eye = torch.eye(len(h), dtype=h.dtype)
-    return torch.linalg.solve_triangular(upper, eye, upper=True).float()
 
 
 def fits(f: Format) -> bool:

@@ -1,0 +1,150 @@
+"""A model whose weights come from disk a block at a time and, made codes, go to files of their own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from halfbyte.containers.shards import Shards, read_json
+from halfbyte.errors import InputError
+from halfbyte.formats import Format
+from halfbyte.layers import Codes, ops
+from halfbyte.models.checkpoint import Checkpoint, Source
+from halfbyte.models.loading import Loaded
+from halfbyte.models.structure import blocks
+from halfbyte.qtensor import QParams, QTensor, check_parts
+
+SETTINGS = "settings.json"
+
+
+class Solved:
+    """A source in which some weights are codes by now."""
+
+    def __init__(self, base: Source) -> None:
+        self.base = base
+        self.codes: dict[str, tuple[Shards, QTensor]] = {}  # by op's name: where they lie, and what they look like
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.base
+
+    def get(self, name: str, shape: tuple[int, ...], turned: bool = False) -> Tensor | QTensor:
+        found = self.codes.get(name.removesuffix(".weight"))
+        return self.base.get(name, shape, turned) if found is None else read(*found, name.removesuffix(".weight"))
+
+    def input(self, name: str) -> tuple[Format | None, QParams | None]:
+        return self.base.input(name)
+
+
+def read(shards: Shards, like: QTensor, name: str) -> QTensor:
+    """An op's codes from a file that `Blockwise` wrote. Raises InputError for parts that do not fit."""
+    parts = {n: shards.get(f"{name}:{n}") for n in like.tensors()}
+    return check_parts(like.with_tensors(parts))
+
+
+class Blockwise:
+    """Where the weights of a model are that was loaded with weights=False: on disk, but for the block at work.
+
+    folder: where codes are kept, a file a block, so that a killed run goes on from there. settings: what the codes
+    depend on. Raises InputError if the folder was begun with other ones. See halfbyte.calibrate.Store.
+    """
+
+    def __init__(self, loaded: Loaded, folder: Path, settings: Mapping[str, Any]) -> None:
+        assert loaded.checkpoint is not None
+        self.loaded, self.folder = loaded, folder
+        self.solved = Solved(loaded.checkpoint.source)
+        loaded.checkpoint = self.checkpoint = Checkpoint(self.solved)
+        self._prefixes = [prefix for prefix, _ in blocks(loaded.model)]
+        _begin(folder, json.loads(json.dumps(settings)))
+        for name, p in list(loaded.model.named_parameters()):  # norms and such, which are small
+            if not self._block_of(name) and not name.endswith(".stored"):
+                self.checkpoint.materialize(loaded.model, loaded.config.dtype, name)
+
+    def bring(self, prefix: str) -> None:
+        for name in [prefix] if prefix else self._outside():
+            self.checkpoint.materialize(self.loaded.model, self.loaded.config.dtype, name)
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        model, brought = self.loaded.model, []
+
+        def come(name: str, *_: Any) -> None:
+            self.checkpoint.materialize(model, self.loaded.config.dtype, name)
+            brought.append(name)
+
+        by_name = dict(ops(model))
+        absent = [n for n in self._outside() if by_name[n].weight.device.type == "meta"]
+        handles = [by_name[n].register_forward_pre_hook(partial(come, n)) for n in absent]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for name in brought:
+                self.checkpoint.release(model, name)
+
+    def found(self, prefix: str, formats: Mapping[str, Format]) -> dict[str, QTensor] | None:
+        file = self._file(prefix)
+        if not file.exists() or not formats:
+            return None
+        shards, by_name, out = Shards([file]), dict(ops(self.loaded.model)), {}
+        for name, f in formats.items():
+            shape = tuple(by_name[name].weight.shape)
+            parts = {n.partition(":")[2]: shards.get(n) for n in shards if n.partition(":")[0] == name}
+            if not parts:
+                raise InputError(f"{file} lacks the codes of {name}: leave --resume out to begin anew.")
+            out[name] = check_parts(QTensor.of_leaves(f, shape, self.loaded.config.dtype, parts))
+            self.solved.codes[name] = shards, out[name].to("meta")
+        return out
+
+    def keep(self, prefix: str, codes: Mapping[str, QTensor]) -> None:
+        file = self._file(prefix)
+        new = file.with_suffix(".new")
+        parts = {f"{name}:{n}": t.contiguous() for name, q in codes.items() for n, t in q.tensors().items()}
+        if not parts:
+            return
+        save_file(parts, str(new))
+        new.rename(file)
+        shards = Shards([file])
+        self.solved.codes |= {name: (shards, q.to("meta")) for name, q in codes.items()}
+
+    def let_go(self, prefix: str) -> None:
+        for name in [prefix] if prefix else self._outside():
+            self.checkpoint.release(self.loaded.model, name)
+
+    def _file(self, prefix: str) -> Path:
+        return self.folder / f"{prefix or 'outside'}.safetensors"
+
+    def _block_of(self, name: str) -> str | None:
+        return next((p for p in self._prefixes if name.startswith(f"{p}.")), None)
+
+    def _outside(self) -> list[str]:
+        return [name for name, _ in ops(self.loaded.model) if not self._block_of(name)]
+
+
+def identity(path: Path) -> list[list[Any]]:
+    """What tells the weights of a folder or file from others without reading them: names, sizes, times of writing."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+def _begin(folder: Path, settings: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / SETTINGS
+    if not file.exists():
+        file.with_suffix(".new").write_text(json.dumps(settings))
+        file.with_suffix(".new").rename(file)
+        return
+    before = read_json(file)
+    if differing := next((k for k in settings if settings[k] != before.get(k)), None):
+        raise InputError(
+            f"--resume: {folder.parent} was begun with {differing} {before.get(differing)}, not {settings[differing]}; "
+            "give the same command, or leave --resume out to begin anew."
+        )

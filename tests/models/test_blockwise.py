@@ -1,0 +1,147 @@
+"""Quantizing a model that stays on disk: the same bytes as in memory, a block at a time, and on from where it ended."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from halfbyte import InputError, models, run
+from halfbyte.folders import CHECKPOINT
+from halfbyte.layers import ops, weights
+from halfbyte.steps import Freeze
+from miniatures import folder, logits
+
+TEXT = [{"text": f"some words, number {i}, and more of them"} for i in range(40)]
+
+
+def freeze(**settings):
+    return Freeze(**{"scheme": "int4-g32", "samples": 3, "max_length": 16, **settings})
+
+
+def quantized(source, out, at=None, **settings):
+    """Written from a model on disk, or from memory where there is no place `at` to keep blocks."""
+    made = run.load(source, weights=at is None)
+    made.checkpoint = at
+    freeze(**settings)(made)
+    out.mkdir()
+    made.write(out, out.name)
+    return made
+
+
+CASES = {
+    "rtn": {}, "gptq": {"solver": "gptq", "calibration": TEXT}, "weighed": {"calibration": TEXT},
+    "own text": {"solver": "gptq", "calibration": "self"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-untied", "gpt2", "gemma3", "opt"])
+@pytest.mark.parametrize("case", CASES)
+def test_from_disk_as_from_memory_to_the_byte(tmp_path, name, case):
+    source = folder(tmp_path / "m", name, torch.bfloat16, words=True)
+    quantized(source, tmp_path / "memory", **CASES[case])
+    made = quantized(source, tmp_path / "disk", tmp_path / "work", **CASES[case])
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "disk" / file).read_bytes() == (tmp_path / "memory" / file).read_bytes()
+    assert made.bits_per_weight() == run.load(tmp_path / "disk").bits_per_weight()
+
+
+def test_no_more_than_a_block_is_in_memory(tmp_path, monkeypatch):
+    source = folder(tmp_path / "m", "llama-untied", words=True, num_hidden_layers=4)
+    made, held = run.load(source, weights=False), []
+    made.checkpoint = tmp_path / "work"
+
+    def look(done, total):
+        held.append(sum(p.nbytes for p in made.model.parameters() if p.device.type != "meta"))
+
+    freeze(solver="gptq", calibration=TEXT, on_block=look)(made)
+    norm = sum(p.nbytes for n, p in made.model.named_parameters() if n == "model.norm.weight")
+    assert held == [norm] * 4
+    assert all(w.device.type == "meta" for w in weights(made.model).values())
+    made.read_weights()
+    assert logits(made.model).isfinite().all()
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, after):
+    source = folder(tmp_path / "m", "llama-untied", words=True, num_hidden_layers=2)
+    settings = {**CASES["gptq"], "scheme": [{"match": "@linear", "weight": "int4-g32"}, {"match": "@embedding"},
+                                            {"match": "@head", "weight": "int4-g32"}]}  # fmt: skip
+    quantized(source, tmp_path / "whole", **settings)
+
+    def stop(done, total):
+        if done == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantized(source, tmp_path / "stopped", tmp_path / "work", **settings, on_block=stop)
+    solved = []
+    done = {f.name for f in (tmp_path / "work").glob("*.safetensors")}
+    assert len(done) == after
+    times = {f: (tmp_path / "work" / f).stat().st_mtime_ns for f in done}
+    quantized(source, tmp_path / "on", tmp_path / "work", **settings, on_block=lambda i, n: solved.append(i))
+    assert {f: (tmp_path / "work" / f).stat().st_mtime_ns for f in done} == times
+    assert (tmp_path / "on/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+def test_what_was_begun_otherwise_is_not_gone_on_with(tmp_path):
+    source = folder(tmp_path / "m", words=True)
+    quantized(source, tmp_path / "a", tmp_path / "work")
+    for other, said in (({"scheme": "int8-channel"}, "scheme int4-g32, not int8-channel"), ({"solver": "gptq"}, "solver")):
+        with pytest.raises(InputError, match=rf"--resume: .* begun with {said}"):
+            quantized(source, tmp_path / "b", tmp_path / "work", **other)
+    (source / "model.safetensors").touch()
+    with pytest.raises(InputError, match="begun with weights"):
+        quantized(source, tmp_path / "b", tmp_path / "work")
+
+
+def test_codes_of_another_shape_are_refused(tmp_path):
+    source = folder(tmp_path / "m", words=True)
+    quantized(source, tmp_path / "a", tmp_path / "work")
+    first, second = sorted((tmp_path / "work").glob("*.safetensors"))
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(InputError, match="lacks the codes"):
+        quantized(source, tmp_path / "b", tmp_path / "work")
+
+
+def test_a_killed_command_goes_on_to_the_same_bytes(tmp_path):
+    source = folder(tmp_path / "m", words=True, num_hidden_layers=24)
+    (tmp_path / "t.txt").write_text("some words and more of them. " * 99)
+    command = [sys.executable, "-m", "halfbyte", "quantize", str(source), "--to", "int4-g32", "--solver", "gptq",
+               "--calibration", str(tmp_path / "t.txt"), "--samples", "2", "--max-length", "32"]  # fmt: skip
+    work = tmp_path / f"killed.partial/{CHECKPOINT}"
+    begun = subprocess.Popen([*command, "-o", str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
+    while len(list(work.glob("*.safetensors"))) < 3:
+        assert begun.poll() is None
+        time.sleep(0.002)
+    os.kill(begun.pid, signal.SIGKILL)
+    assert begun.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed").exists()
+    again = subprocess.run([*command, "-o", str(tmp_path / "killed")], capture_output=True, text=True)
+    assert again.returncode == 2
+    assert "--resume" in again.stderr
+    subprocess.run([*command, "-o", str(tmp_path / "killed"), "--resume"], check=True, stderr=subprocess.DEVNULL)
+    subprocess.run([*command, "-o", str(tmp_path / "whole")], check=True, stderr=subprocess.DEVNULL)
+    files = {f.name for f in (tmp_path / "whole").iterdir()}
+    assert files == {f.name for f in (tmp_path / "killed").iterdir()}
+    for f in files - {"README.md"}:  # which names the folder
+        assert (tmp_path / "killed" / f).read_bytes() == (tmp_path / "whole" / f).read_bytes()
+    assert not work.parent.exists()
+
+
+def test_norms_and_positions_come_and_go_with_their_block(tmp_path):
+    loaded = models.load(folder(tmp_path / "m", "gpt2", words=True), weights=False)
+    blockwise = models.Blockwise(loaded, tmp_path / "work", {})
+    inside = [n for n, _ in loaded.model.named_parameters() if n.startswith("transformer.h.1.")]
+    here = dict(loaded.model.named_parameters())
+    assert all(here[n].device.type == "meta" for n in inside)
+    blockwise.bring("transformer.h.1")
+    here = dict(loaded.model.named_parameters())
+    assert all(here[n].device.type == "cpu" for n in inside)
+    assert all(p.device.type == "meta" for n, p in here.items() if n.startswith("transformer.h.0."))
+    blockwise.let_go("transformer.h.1")
+    assert all(dict(loaded.model.named_parameters())[n].device.type == "meta" for n in inside)
+    assert {n for n, op in ops(loaded.model) if op.weight.device.type == "meta"} == {n for n, _ in ops(loaded.model)}
