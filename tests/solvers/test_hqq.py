@@ -23,7 +23,7 @@ def weight(rows=48, inputs=512, seed=0):
 
 
 def loss(w, q, p=0.7):
-    """By group where groups are rows of 32, so that none of them may rise."""
+    """By runs of 32 inputs, (out, in / 32)."""
     return (w - q.dequantize()).abs().pow(p).unflatten(1, (-1, 32)).sum(2)
 
 
@@ -53,7 +53,7 @@ def test_the_splitting_finds_the_zero_that_outliers_hide():
     w[:, 7] += 0.0045
     w[:, 33] -= 0.0045
     w[:, 41] += 0.0045
-    on_grid = codes.bool() | True
+    on_grid = torch.ones_like(codes, dtype=torch.bool)
     on_grid[:, [7, 33, 41]] = False
 
     def off(q):

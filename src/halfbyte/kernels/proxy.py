@@ -35,7 +35,7 @@ def in_order(w: Tensor, f: Format, p: QParams, factor: Tensor, order: Tensor) ->
     q = _held(w, f, p)
     codes = torch.empty(w.shape, dtype=torch.uint8)
     _solve(q, w.float()[:, order], factor, _groups(f, w.shape[1])[order], codes, 0)
-    return _with_codes(q, codes[:, order.argsort()])
+    return with_codes(q, codes[:, order.argsort()])
 
 
 def descend(w: Tensor, q: QTensor, h: Tensor, passes: int = 8) -> QTensor:
@@ -43,7 +43,7 @@ def descend(w: Tensor, q: QTensor, h: Tensor, passes: int = 8) -> QTensor:
     or for so many passes: coordinate descent on the proxy loss, which never rises. w (out, in), h float32 (in, in)."""
     codes = q.codes.clone()
     _solve(q, w.float(), h, _groups(q.format, w.shape[1]), codes, passes)
-    return _with_codes(q, codes)
+    return with_codes(q, codes)
 
 
 def with_qparams(q: QTensor, p: QParams) -> QTensor:
@@ -71,7 +71,8 @@ def _held(w: Tensor, f: Format, p: QParams) -> QTensor:
     return QTensor(f, tuple(w.shape), w.dtype, reference.store_qparams(p, f, w.dtype))
 
 
-def _with_codes(q: QTensor, codes: Tensor) -> QTensor:
+def with_codes(q: QTensor, codes: Tensor) -> QTensor:
+    """q's scales with other codes, uint8 of q's shape."""
     packed = pack(codes.reshape(-1) if q.format.flat else codes, q.format.bits)
     return QTensor(q.format, q.shape, q.dtype, {"codes": packed, **{k: v for k, v in q.parts.items() if k != "codes"}})
 

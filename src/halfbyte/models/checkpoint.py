@@ -109,6 +109,12 @@ class Folder:
         return where.removesuffix(".weight") if name.endswith(".weight") and isinstance(where, str) else ""
 
 
+def check_dtype(dtype: Any) -> None:
+    """Raises InputError for a dtype that is none of floats, which a config may name."""
+    if not isinstance(dtype, torch.dtype) or dtype not in _FLOATS:
+        raise InputError(f"a model's weights are float32, bfloat16 or float16, not {reprlib.repr(dtype)}.")
+
+
 def _dtype(shards: Shards) -> torch.dtype:
     """Of the floats beside the codes: for layouts that do not say what their codes were made from."""
     floats = [n for n in shards if shards.dtype(n) in _FLOATS]
@@ -151,10 +157,7 @@ class Checkpoint:
 
     def materialize(self, model: nn.Module, dtype: torch.dtype | None, prefix: str = "") -> None:
         """Reads every parameter under `prefix` that is on the meta device. dtype None reads the codes' formats
-        but keeps the tensors on the meta device. Raises InputError for a dtype that is none of floats, which a config
-        may name."""
-        if dtype is not None and dtype not in _FLOATS:
-            raise InputError(f"a model's weights are float32, bfloat16 or float16, not {reprlib.repr(dtype)}.")
+        but keeps the tensors on the meta device."""
         for name, op in ops(model):
             if not _under(name, prefix) or f"{name}.weight" not in self.source:
                 continue

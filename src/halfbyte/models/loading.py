@@ -20,7 +20,7 @@ from halfbyte.errors import InputError, reason
 from halfbyte.experts import Experts, fused
 from halfbyte.layers import swap
 from halfbyte.models import gguf, gguf_tokenizer
-from halfbyte.models.checkpoint import Checkpoint, Folder, Slice
+from halfbyte.models.checkpoint import Checkpoint, Folder, Slice, check_dtype
 from halfbyte.models.names import Names
 
 _GENERATION = "generation_config.json"
@@ -109,6 +109,7 @@ def load(
     if model.generation_config is not None and (path / _GENERATION).exists():
         model.generation_config = _generation(path)
     dtype = torch.float32 if (dtype := dtype or config.dtype) is None else dtype
+    check_dtype(dtype)
     config.dtype = dtype
     _check_experts(model, shards, path)
     swap(model)

@@ -12,7 +12,7 @@ from halfbyte.errors import InputError
 from halfbyte.formats import Format
 from halfbyte.layers import Op
 from halfbyte.qtensor import QTensor
-from halfbyte.solvers import gptq, hqq, rtn
+from halfbyte.solvers import autoround, gptq, hqq, rtn
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ SOLVERS: dict[str, Solver] = {
         Solver("rtn", rtn.solve, False, rtn.SAYS, "squares"),
         Solver("hqq", hqq.solve, False, hqq.SAYS),
         Solver("gptq", gptq.solve, True, gptq.SAYS, "gram"),
+        Solver("autoround", autoround.solve, True, autoround.SAYS, "gram"),
     )
 }
 

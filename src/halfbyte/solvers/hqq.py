@@ -93,7 +93,8 @@ def _split(
         if not better.any():
             break
         least = torch.where(better, loss, least)
-        best = torch.where(better, scale, best[0]), None if zero is None else torch.where(better, zero, best[1])
+        kept = best[1] if zero is None or best[1] is None else torch.where(better, zero, best[1])
+        best = torch.where(better, scale, best[0]), kept
         target = rows - error.sign() * (size - slope / beta).clamp(min=0) * unit
         scale, zero = _fitted(target, f, codes, scale, zero)
         beta *= GROWTH

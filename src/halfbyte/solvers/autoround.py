@@ -1,0 +1,145 @@
+"""AutoRound: rounding and scales learned by signed gradient descent, a block's outputs against the float block's
+(arXiv:2309.05516), from where GPTQ ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.kernels import proxy, reference
+from halfbyte.kernels.rounding import round_to_grid
+from halfbyte.qtensor import QParams, QTensor, grid_values
+from halfbyte.solvers import gptq
+
+SAYS = "AutoRound from GPTQ's codes: rounding and scales learned against each block's outputs"
+ITERATIONS = 200
+BATCH = 4  # rows of text an iteration
+RATE = 1 / 200  # of a step between codes, at first; it falls to 0
+SCALE_RATE = 1 / 2000  # of a scale
+
+
+def solve(
+    block: nn.Module, inputs: list[Any] | None, targets: list[Tensor] | None, sites: Mapping[str, Any]
+) -> dict[str, QTensor]:
+    """See halfbyte.solvers.Solve."""
+    found = gptq.solve(block, inputs, targets, sites)
+    if inputs is None or targets is None:
+        return found
+    learned = {
+        name: Rounding(site.op.weight.value(), found[name])
+        for name, site in sites.items()
+        if proxy.refuses(site.format, tuple(site.op.weight.shape)) is None
+    }
+    with _seen_through(sites, learned):
+        before = _loss(block, inputs, targets)
+        _descend(block, inputs, targets, list(learned.values()))
+        after = _loss(block, inputs, targets)
+    if not after < before:
+        return found
+    return found | {name: r.quantized(found[name]) for name, r in learned.items()}
+
+
+class Rounding(nn.Module):
+    """A weight as it is learned: numbers x that are rounded to the grid, times scales. It stands where a grid does."""
+
+    def __init__(self, w: Tensor, q: QTensor) -> None:
+        super().__init__()
+        self.format, p = q.format, q.qparams
+        groups = p.scale.numel()
+        self.shape, self.dtype = w.shape, q.dtype
+        self.scale = p.scale.float().reshape(groups, 1).clone()
+        zero = None if p.zero is None else p.zero.float().reshape(groups, 1).clone()
+        self.whole, self.added = (zero, None) if self.format.zero == "integer" else (None, zero)
+        v = grid_values(q.codes.reshape(groups, -1), self.format, self.whole)
+        x = w.float().reshape(groups, -1) - (0 if self.added is None else self.added)
+        x = torch.where(self.scale == 0, 0.0, x / self.scale)
+        self.x = v + (x - v).clamp(-0.49, 0.49)
+        self.fits = gptq.fits(self.format)
+        self.stored = reference.store_qparams(p, self.format, q.dtype)
+        self.round()
+
+    def round(self) -> None:
+        """The weight that the numbers stand for now, as a leaf whose gradient is looked for."""
+        with torch.no_grad():
+            codes, _ = round_to_grid(self.x, self.format, self.whole)
+            self.codes = codes.to(torch.uint8)
+            self.v = grid_values(self.codes, self.format, self.whole)
+            scale = self.scale.to(self._held("scale")).float() if self.fits else self.scale
+            w = self.v * scale
+            if self.added is not None:
+                w += self.added.to(self._held("zero")).float() if self.fits else self.added
+        self.current = w.reshape(self.shape).requires_grad_(True)
+
+    def _held(self, name: str) -> torch.dtype:
+        part = self.stored[name]
+        assert isinstance(part, Tensor)
+        return part.dtype
+
+    @torch.no_grad()
+    def step(self, rate: float, scale_rate: float) -> None:
+        assert self.current.grad is not None
+        g = self.current.grad.reshape(self.x.shape)
+        if self.fits:
+            down = (g * self.v).sum(1, keepdim=True).sign()
+            self.scale -= scale_rate * self.scale.abs() * down
+            if self.added is not None:
+                self.added -= scale_rate * self.scale.abs() * g.sum(1, keepdim=True).sign()
+        self.x -= rate * (g * self.scale).sign()
+        self.round()
+
+    def forward(self, w: Tensor) -> Tensor:
+        return self.current
+
+    def quantized(self, like: QTensor) -> QTensor:
+        q = proxy.with_codes(like, self.codes.reshape(like.shape))
+        if not self.fits:
+            return q
+        return proxy.with_qparams(q, QParams(self.scale.reshape(like.qparams.scale.shape), self._zero(like)))
+
+    def _zero(self, like: QTensor) -> Tensor | None:
+        zero = self.whole if self.added is None else self.added
+        return None if zero is None or like.qparams.zero is None else zero.reshape(like.qparams.zero.shape)
+
+
+@contextmanager
+def _seen_through(sites: Mapping[str, Any], learned: Mapping[str, Rounding]) -> Iterator[None]:
+    ops = [(sites[name].op, r) for name, r in learned.items()]
+    try:
+        for op, r in ops:
+            op.weight.grid, op.training = r, True
+        yield
+    finally:
+        for op, _ in ops:
+            op.weight.grid, op.training = None, False
+
+
+def _error(block: nn.Module, call: Any, target: Tensor) -> Tensor:
+    """Of the block's outputs: each token's squared error."""
+    with torch.autocast("cpu", torch.bfloat16):
+        out = call(block)
+    return (out.float() - target.float()).square().sum(-1)
+
+
+@torch.no_grad()
+def _loss(block: nn.Module, inputs: list[Any], targets: list[Tensor]) -> float:
+    return sum(float((_error(block, c, t) * weight(t)).sum()) for c, t in zip(inputs, targets, strict=True))
+
+
+def weight(target: Tensor) -> Tensor:
+    return 1 / target.float().square().sum(-1)
+
+
+def _descend(block: nn.Module, inputs: list[Any], targets: list[Tensor], learned: list[Rounding]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batch = min(BATCH, len(inputs))
+    for i in range(ITERATIONS):
+        for j in torch.randperm(len(inputs), generator=generator)[:batch].tolist():
+            with torch.enable_grad():
+                (_error(block, inputs[j], targets[j]) * weight(targets[j])).sum().backward()
+        left = 1 - i / ITERATIONS
+        for r in learned:
+            r.step(RATE * left, SCALE_RATE * left)
