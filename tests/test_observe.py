@@ -196,7 +196,7 @@ def test_training_an_adapter_on_a_folder_with_static_inputs(tmp_path):
 
 def test_without_text_it_is_refused_before_the_work(tmp_path):
     with pytest.raises(InputError, match=r"W8A8_STATIC rounds inputs .*needs --calibration FILE"):
-        Freeze(scheme="W8A8_STATIC")
+        Freeze(scheme="W8A8_STATIC", calibration="none")
     made = run.load(folder(tmp_path / "m", words=True))
     with pytest.raises(InputError, match="needs --calibration FILE"):
         run.freeze(made, scheme("W8A8_STATIC"), solver("rtn"))

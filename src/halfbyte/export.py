@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from halfbyte.plan import Entry, inventory, plan, totals
 from halfbyte.run import to_scheme
 from halfbyte.scheme import MIXES, Mix, Scheme, static
 from halfbyte.solvers import solver
-from halfbyte.steps import Freeze
+from halfbyte.steps import Freeze, Step
 
 MAX_KL = 0.02  # of the reader's logits to ours in the same format: above this the file is not what was meant
 MAX_KL_ROUNDED = 0.1  # where inputs are rounded too: a last digit turns codes over, and SmolLM2 in W8A8 gives 0.03
@@ -94,11 +94,12 @@ class Found:
 def job(
     loaded: Loaded, kind: Kind, format: str | None, requantize: bool, found: Found = Found(),
     revision: str | None = None, say: Say = lambda line: None,
-    on_block: Callable[[int, int], None] | None = None, work: Path | None = None,
+    on_block: Callable[[int, int], None] | None = None, work: Path | None = None, first: Sequence[Step] = (),
 ) -> Job:  # fmt: skip
     """Prepares what `read` gave; where `found` asks for it, the model is first quantized: a block at a time, where
-    `work` is the folder to keep those in that are done. Raises InputError as `prepare` does."""
-    if not found.needs_model:
+    `work` is the folder to keep those in that are done. first: what is done to it before, in memory. Raises InputError
+    as `prepare` does."""
+    if not found.needs_model and not first:
         return prepare(loaded, kind, format, requantize, say)
     if format is None or format.upper() in FLOATS:
         raise InputError(f"--solver, --calibration and --imatrix are of a --format to quantize to, not of {format}.")
@@ -106,6 +107,8 @@ def job(
     prepare(loaded, kind, format, requantize)  # what cannot be is refused before the work
     made = run.load(loaded.source, loaded.config.dtype, revision, weights=work is None)
     made.checkpoint = work
+    for step in first:
+        step(made)
     freeze(made)
     made.read_weights()
     return prepare(made.loaded, kind, None, False, say)

@@ -70,17 +70,17 @@ def begin(target: Path, overwrite: bool = False, resume: bool = False) -> Path:
 def whole(target: Path, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:
     """Yields `target.partial`, an empty folder that becomes `target` when the block ends well.
 
-    When the block raises, the unfinished folder is removed, unless it holds a CHECKPOINT to go on from; with
-    `resume` what is there from an earlier try is left in place. Raises InputError if `target` exists and
-    `overwrite` is not set.
+    When the block raises, the unfinished folder is removed, unless it holds a CHECKPOINT to go on from, and not from
+    what was refused; with `resume` what is there from an earlier try is left in place. Raises InputError if `target`
+    exists and `overwrite` is not set.
     """
     partial = begin(target, overwrite, resume)
-    target = target.resolve()
+    target, earlier = target.resolve(), (partial / CHECKPOINT).exists()
     partial.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
-    except BaseException:
-        if not (partial / CHECKPOINT).exists():
+    except BaseException as e:
+        if not (partial / CHECKPOINT).exists() or (isinstance(e, InputError) and not earlier):
             shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(partial / CHECKPOINT, ignore_errors=True)

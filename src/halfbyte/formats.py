@@ -143,8 +143,11 @@ class Format:
         if self.group == "channel":
             return (*shape[:-1], 1)
         assert isinstance(self.group, int)
-        if shape[-1] % self.group:
-            raise InputError(f"{self.name}: a group of {self.group} does not divide the {shape[-1]} inputs of {shape}.")
+        whole = self.group
+        if isinstance(self.scale, Format) and isinstance(self.scale.group, int) and not self.scale.flat:
+            whole *= self.scale.group  # a super-block
+        if shape[-1] % whole:
+            raise InputError(f"{self.name}: a group of {whole} does not divide the {shape[-1]} inputs of {shape}.")
         return (*shape[:-1], shape[-1] // self.group)
 
     def with_group(self, group: int) -> Format:

@@ -16,9 +16,11 @@ from halfbyte.errors import InputError
 from halfbyte.formats import Format
 from halfbyte.layers import Linear, ops
 from halfbyte.qtensor import QParams
+from halfbyte.transforms import Fed
 
 BINS = 1 << 14  # of a histogram; at least 32 for each step of 8 bits
 STEPS = 100  # clippings that "mse" tries
+ROWS = 512  # tokens whose inputs are kept for a transform
 
 
 def observe(
@@ -59,6 +61,34 @@ def observe(
 
 def _look(seen: Seen, _: nn.Module, args: tuple[Any, ...]) -> None:
     seen.add(args[0])
+
+
+@torch.inference_mode()
+def fed(model: nn.Module, names: list[str], batches: list[Batch], seed: int = 0) -> dict[str, Fed]:
+    """What the named ops (Linear) are fed on batches, by name: the largest magnitudes, and the inputs of about ROWS
+    tokens, drawn at random. What the batches do not reach is left out. Raises InputError for NaN and infinity."""
+    generator = torch.Generator().manual_seed(seed)
+    most = -(-ROWS // max(1, len(batches)))
+    held: dict[str, list[Fed]] = {}
+
+    def look(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0].reshape(-1, args[0].shape[-1])
+        largest = x.abs().amax(0).float()
+        if not largest.isfinite().all():
+            raise InputError(f"the inputs of {name} hold NaN or infinity on the calibration text.")
+        held.setdefault(name, []).append(Fed(largest, x[torch.randperm(len(x), generator=generator)[:most]].clone()))
+
+    handles = [op.register_forward_pre_hook(partial(look, n)) for n, op in ops(model) if n in names]
+    try:
+        for batch in batches:
+            model(**batch.inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        name: Fed(torch.stack([s.largest for s in seen]).amax(0), torch.cat([s.rows for s in seen]))
+        for name, seen in held.items()
+    }
 
 
 def check(how: str) -> float | None:

@@ -31,7 +31,7 @@ METHODS: dict[str, Method] = {
     "full": Method(lambda to, train, adapt: [Dequantize(), Train(**train)]),
     "lora": Method(lambda to, train, adapt: [Adapt(**adapt), Train(**train)], adapts=True),
     "qlora": Method(  # onto codes that are there already, or NF4
-        lambda to, train, adapt: [Freeze(scheme=to or "NF4", keep=to is None), Adapt(**adapt), Train(**train)],
+        lambda to, train, adapt: [_freeze(to or "NF4", to is None), Adapt(**adapt), Train(**train)],
         adapts=True,
     ),
     "qat": Method(
@@ -42,8 +42,13 @@ METHODS: dict[str, Method] = {
         needs_scheme=True,
         adapts=True,
     ),
-    "scales": Method(lambda to, train, adapt: [Freeze(scheme=to), Train(**train)], needs_scheme=True),
+    "scales": Method(lambda to, train, adapt: [_freeze(to), Train(**train)], needs_scheme=True),
 }
+
+
+def _freeze(to: Any, keep: bool = False) -> Freeze:
+    """By rounding alone: an adapter's folder has no place for what is found on text."""
+    return Freeze(scheme=to, keep=keep, calibration="none")
 
 
 def method_steps(method: str, to: Any, train: Mapping[str, Any], adapt: Mapping[str, Any] | None = None) -> list[Step]:

@@ -84,7 +84,7 @@ def test_a_matrix_moves_errors_to_where_they_do_not_matter(halfbyte, tiny_llama,
 def test_what_does_not_go_together_is_refused(halfbyte, refused, tiny_llama, text, squares, tmp_path):
     out, matrix = tmp_path / "out", as_gguf(tmp_path / "i.gguf", squares)
     quantize = ("quantize", tiny_llama, "--to", "W4A16", "-o", out)
-    refused(*quantize, "--solver", "gptq", words="--calibration")
+    refused(*quantize, "--solver", "gptq", "--calibration", "none", words=("--calibration none", "gptq needs text"))
     refused(*quantize, "--solver", "gptq", "--imatrix", matrix, words=("--imatrix", "gptq"))
     refused(*quantize, "--imatrix", matrix, "--calibration", text, words=("--imatrix", "--calibration"))
     refused(*quantize, "--imatrix", tmp_path / "nothing", words="nothing")

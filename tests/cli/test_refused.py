@@ -185,8 +185,9 @@ def test_a_scheme_that_no_folder_holds_is_refused_before_the_work(
 
 def test_static_inputs_without_text_or_a_known_search(refused, tiny_llama, tiny_data, tmp_path, out):
     to = ("--to", "W8A8_STATIC")
-    refused("quantize", tiny_llama, *to, "-o", out, words=("W8A8_STATIC", "needs --calibration FILE"))
-    refused("quantize", tiny_llama, *to, "-o", tmp_path / "m.onnx", words=("inputs of model", "add --calibration FILE"))
+    none = (*to, "--calibration", "none", "-o")
+    refused("quantize", tiny_llama, *none, out, words=("W8A8_STATIC", "needs --calibration FILE"))
+    refused("quantize", tiny_llama, *none, tmp_path / "m.onnx", words=("inputs of model", "add --calibration FILE"))
     refused("export", tiny_llama, "--format", "W8A8_STATIC", "-o", tmp_path / "m.onnx", words="quantize first with it")
     searched = (*to, "--calibration", tiny_data["text"], "--input-search", "median")
     refused("quantize", tiny_llama, *searched, "-o", out, words=("'median'", "minmax, mse and percentile-P"))
@@ -347,13 +348,19 @@ class FullDisk:
     "error", [OSError(errno.ENOSPC, "No space left on device"),
               RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")]
 )  # fmt: skip
-def test_no_space_left(quantizing, training, tiny_llama, monkeypatch, error):
+def test_no_space_left(halfbyte, training, tiny_llama, tmp_path, monkeypatch, error):
     full = FullDisk(error)
     monkeypatch.setattr("halfbyte.containers.peft.save_file", full)
     monkeypatch.setattr("halfbyte.containers.shards._Shard.add", lambda shard, name, tensor: full(tensor, shard.path))
-    quantizing(tiny_llama, "no space left on the disk")
+    quantize = ("quantize", tiny_llama, "--to", "W4A16", "-o", tmp_path / "q")
+    said = halfbyte(*quantize)
+    assert (said.status, said.out) == (2, "")
+    assert "no space left on the disk" in said.err
+    assert [p.name for p in tmp_path.iterdir()] == ["q.partial"]  # what was found is kept, to go on from
     training("no space left on the disk")
     training("no space left on the disk", "--method", "full")
+    monkeypatch.undo()
+    assert halfbyte(*quantize, "--resume").status == 0
 
 
 # --- adapters

@@ -81,7 +81,7 @@ def test_no_single_code_can_be_moved_to_advantage_afterwards(rows, groups, seed,
         j, step = int(torch.randint(32 * groups, (1,), generator=g)), [-1, 1][seed % 2]
         codes = q.codes.int()
         codes[:, j] = (codes[:, j] + step).clamp(0, (1 << q.format.bits) - 1)
-        moved = proxy._with_codes(q, codes.to(torch.uint8))
+        moved = proxy.with_codes(q, codes.to(torch.uint8))
         assert (proxy.loss(w, moved, h) >= best * (1 - 1e-4) - 1e-7).all()
 
 

@@ -28,6 +28,10 @@ Samples = Annotated[int | None, typer.Option(min=1, help="Rows of it; 32, or 16 
 MaxLength = Annotated[int, typer.Option("--max-length", min=1, help="Tokens a row of it.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from an interrupted run of this command.")]
 Imatrix = Annotated[str | None, typer.Option(help="llama.cpp's importance matrix, instead of such text.")]
+Transforms = Annotated[
+    list[str] | None, typer.Option("--transform", help="What is done before, in this order: awq, smooth, hadamard.")
+]
+Untie = Annotated[bool, typer.Option("--untie", help="Let hadamard give the head a weight of its own.")]
 SolverName = Annotated[str, typer.Option("--solver", help="How codes are found: rtn, gptq.")]
 
 

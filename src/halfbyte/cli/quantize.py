@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,11 +22,18 @@ from halfbyte.cli.console import (
     Revision,
     Samples,
     SolverName,
+    Transforms,
+    Untie,
     emit,
     progress,
     say,
     show_plan,
 )
+from halfbyte.errors import InputError
+
+if TYPE_CHECKING:
+    from halfbyte.run import Run
+    from halfbyte.steps import Transform
 
 
 def command(
@@ -34,6 +41,8 @@ def command(
     to: Annotated[str, typer.Option(help="W8A16, W4A16, NF4, Q4_K_M ..., or a format's name such as int4-g64.")],
     output: Output,
     group_size: GroupSize = None,
+    transform: Transforms = None,
+    untie: Untie = False,
     solver: SolverName = "rtn",
     calibration: Calibration = None,
     samples: Samples = None,
@@ -62,15 +71,22 @@ def command(
             emit({"output": str(output), "bytes": disk_bytes(output)})
         return
     check_free(output, overwrite, model, calibration, imatrix)
+    if transform and imatrix is not None:
+        raise InputError(
+            "--imatrix and --transform: what a matrix says of inputs no longer holds once they are changed."
+        )
     scheme, by = to_scheme(to, group_size), solvers.solver(solver)
-    if calibration not in (None, "none") and not (by.needs_data or by.uses or scheme.static):
+    text = {"calibration": calibration, "samples": samples, "max_length": max_length}
+    first = _transforms(transform or [], scheme, untie=untie, **text)
+    if calibration not in (None, "none") and not (by.needs_data or by.uses or scheme.static or first):
         say(f"--calibration is not used: {by.name} takes none.")
     if input_search is not None and not scheme.static:
         say(f"--input-search is not used: {scheme.name} has no scales of inputs to find.")
-    found = export.Found(solver, calibration, samples, max_length, imatrix, input_search or export.Found.inputs)
+    usual = "minmax" if "smooth" in (transform or []) else export.Found.inputs  # nothing is left that stands out
+    found = export.Found(solver, calibration, samples, max_length, imatrix, input_search or usual)
     summary: dict[str, Any] = {"output": str(output), "scheme": scheme.name, "solver": solver}
     if output.suffix in FILES:
-        summary |= _to_file(model, output, to, found, no_verify, dtype, revision, resume, overwrite)
+        summary |= _to_file(model, output, to, found, first, no_verify, dtype, revision, resume, overwrite)
     else:
         freeze = Freeze(scheme=scheme, **vars(found))
         loaded = run.load(model, dtype, revision, weights=False)
@@ -78,10 +94,13 @@ def command(
         say(f"{model} -> {scheme.name} by {by.says}:")
         show_plan(entries)
         loaded.holds(scheme)
+        _announce(first, loaded)
         freeze.on_block, freeze.on_batch = progress("block"), progress("calibration row")
         freeze.on_token = progress("token of the model's own text")
         with whole(output, overwrite, resume) as partial:
             loaded.checkpoint = partial / CHECKPOINT
+            for step in first:
+                step(loaded)
             freeze(loaded)
             bits = loaded.bits_per_weight()
             loaded.rows.append(("quantized", {"bits_per_weight": bits, "scheme": scheme.name}))
@@ -94,11 +113,35 @@ def command(
         emit({**summary, "bytes": size})
 
 
+def _transforms(names: list[str], scheme: Any, **settings: Any) -> list[Transform]:
+    """The steps that come before. Raises InputError for an unknown one, or one that cannot be for want of text."""
+    from halfbyte.steps import Transform
+    from halfbyte.transforms import transform
+
+    for name in names:
+        if transform(name).rounds_inputs and not any(r.input for r in getattr(scheme, "rules", ())):
+            say(f"--transform {name} is for schemes that round inputs, which {scheme.name} does not.")
+    told = progress("token of the model's own text")
+    return [Transform(name=name, scheme=scheme, on_token=told, **settings) for name in names]
+
+
+def _announce(first: list[Transform], loaded: Run) -> None:
+    """Says what will be done before. Raises InputError for what cannot be."""
+    from halfbyte.transforms import transform
+
+    for step in first:
+        step.check(loaded)
+        more = step.adds(loaded)
+        apart = f"; the head gets a weight of its own, {more / 1e6:.1f} MB more" if more else ""
+        say(f"  before: {transform(step.name).says}{apart}")
+
+
 def _to_file(
     model: str,
     output: Path,
     to: str,
     found: Any,
+    first: list[Transform],
     no_verify: bool,
     dtype: str | None,
     revision: str | None,
@@ -110,15 +153,16 @@ def _to_file(
     from halfbyte.folders import CHECKPOINT, begin
     from halfbyte.kinds import kind
     from halfbyte.plan import plan, totals
-    from halfbyte.run import parse_dtype
+    from halfbyte.run import Run, parse_dtype
 
     target = kind(None, output)
     loaded = export.read(model, parse_dtype(dtype), revision)
     entries = plan(loaded.model, export.chosen(to))
     say(f"{model} -> {to} by {solvers.solver(found.solver).says}:")
     show_plan(entries)
+    _announce(first, Run(loaded))
     work = begin(output, overwrite, resume) / CHECKPOINT
-    job = export.job(loaded, target, to, True, found, revision, say, progress("block"), work)
+    job = export.job(loaded, target, to, True, found, revision, say, progress("block"), work, first)
     job.on_tensor = progress("tensor")
     done = export.export(model, job, target, output, None if no_verify else export.Proof(), overwrite, say, True)
     n, before, _ = totals(entries)

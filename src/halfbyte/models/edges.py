@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import InputError
-from halfbyte.layers import ops
+from halfbyte.layers import Weight, ops
 from halfbyte.models.gguf import head_dim
 from halfbyte.models.structure import tied
 
@@ -20,10 +20,10 @@ from halfbyte.models.structure import tied
 class Edge:
     """Channels, what gives them, and all that is fed by them.
 
-    source: a norm's name, or, unless `norm`, an op's. readers: ops' names, which are fed by nothing else. rows: which of
-    the source's outputs the channels are, int64 (channels,); None for all. columns: which channel each input of a reader
-    is, int64 (in,); None where each is its own. head: so many channels in a row are one head's of attention, mixed with
-    nothing but themselves; 0 where they are not.
+    source: a norm's name, or, unless `norm`, an op's. readers: ops' names, which are fed by nothing else. rows: which
+    of the source's outputs the channels are, int64 (channels,); None for all. columns: which channel each input of a
+    reader is, int64 (in,); None where each is its own. head: so many channels in a row are one head's of attention,
+    mixed with nothing but themselves; 0 where they are not.
     """
 
     source: str
@@ -102,6 +102,7 @@ def _gpt2(config: Any) -> str | None:
     return "it has cross-attention" if config.add_cross_attention else None
 
 
+_HEAD = "lm_head"  # by transformers' name, whatever a checkpoint calls it
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATED = ("mlp.gate_proj", "mlp.up_proj")
 _VALUE = ("self_attn.v_proj", "self_attn.o_proj")
@@ -157,17 +158,29 @@ def edges(model: Any) -> Edges:
         )
     if (why := row.refuses(config)) is not None:
         raise InputError(f"channels of this {config.model_type} model cannot be scaled or turned: {why}.")
-    shared = tied(model)
-    head = "lm_head"
     found = Edges(
         tuple(_of_block(row, f"{row.blocks}.{i}.", config) for i in range(config.num_hidden_layers)),
-        Edge(row.final, (head,), norm=True),
+        Edge(row.final, (_HEAD,), norm=True),
         row.embeddings,
         tuple(f"{row.blocks}.{i}.{n}" for i in range(config.num_hidden_layers) for n in (row.value[1], row.second)),
-        row.centered, head in shared, row.unturned,
+        row.centered, _HEAD in tied(model), row.unturned,
     )  # fmt: skip
     _check(model, found)
     return found
+
+
+def head_bytes(model: Any) -> int:
+    """What the head's weight takes, in its floats."""
+    w = model.get_submodule(_HEAD).weight
+    return w.shape.numel() * w.dtype.itemsize
+
+
+@torch.no_grad()
+def untie(model: Any) -> None:
+    """Gives the head a weight of its own."""
+    head = model.get_submodule(_HEAD)
+    head.weight = Weight(torch.nn.Parameter(head.weight.base().detach().clone(), requires_grad=False))
+    model.config.tie_word_embeddings = False
 
 
 def _of_block(row: _Architecture, at: str, config: Any) -> tuple[Edge, ...]:
@@ -188,6 +201,6 @@ def _check(model: Any, found: Edges) -> None:
     sources = {e.source for e in (*within, found.final)} | set(found.embeddings)
     if odd := sorted((readers ^ there) | (sources - modules)):
         raise InputError(
-            f"{type(model).__name__}: {odd[0]} is not where models of type {model.config.model_type} have it, so that it "
-            "is not known what its channels are."
+            f"{type(model).__name__}: {odd[0]} is not where models of type {model.config.model_type} have it, so that "
+            "it is not known what its channels are."
         )

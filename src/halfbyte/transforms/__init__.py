@@ -1,4 +1,4 @@
-"""A float model -> one that computes the same and quantizes better. A transform is a file here and a row in TRANSFORMS."""
+"""A float model -> one that computes the same and quantizes better. A transform is a file here, a row in TRANSFORMS."""
 
 from __future__ import annotations
 

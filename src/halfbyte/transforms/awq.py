@@ -21,7 +21,7 @@ ALPHAS = [i / 20 for i in range(20)]
 def apply(
     model: nn.Module, edges: Edges, fed: Mapping[str, Fed], targets: Mapping[str, Target], seed: int
 ) -> dict[str, Any]:
-    """See halfbyte.transforms.Apply. Scales are the mean magnitudes of inputs to a power that is chosen for each edge."""
+    """See halfbyte.transforms.Apply. Scales are mean magnitudes of inputs to a power that is chosen for each edge."""
 
     def candidates(edge: Edge, x: Fed) -> dict[float, Tensor]:
         mean = scaling.by_channel(edge, x.rows.abs().double().mean(0), "mean")

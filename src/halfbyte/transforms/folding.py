@@ -41,8 +41,8 @@ def inputs(model: nn.Module, name: str, change: Change) -> None:
 
 
 def outputs(model: nn.Module, name: str, change: Change) -> None:
-    """Changes what a linear layer gives: `change` is given some columns of its matrix, (out, n) in float64, and gives as
-    many; then its bias, as one."""
+    """Changes what a linear layer gives: `change` is given some columns of its matrix, (out, n) in float64, and gives
+    as many; then its bias, as one."""
     w = matrix(model, name)
     _store(model, name, torch.cat([held(name, change(part.double()), w.dtype) for part in w.split(_PART, 1)], 1))
     bias: Any = model.get_submodule(name).bias

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +22,14 @@ SAYS = "Hadamard rotations of the residual stream and of attention's values, fol
 
 
 def apply(
-    model: nn.Module, edges: Edges, fed: Iterable[tuple[Edge, Fed]], targets: Mapping[str, Target], seed: int
+    model: nn.Module, edges: Edges, fed: Mapping[str, Fed], targets: Mapping[str, Target], seed: int
 ) -> dict[str, Any]:
-    """See halfbyte.transforms.Apply. Raises InputError, before anything is touched, where the stream cannot be turned:
-    norms on its way that have weights, a weight of 0 under a bias, a head that shares its weight with the embedding."""
-    refuse(edges)
+    """See halfbyte.transforms.Apply. Raises InputError where `refuses` says so, and for a norm that leaves a channel
+    nothing but its bias."""
+    norms = [e for block in edges.blocks for e in block if e.norm] + [edges.final]
+    _check(model, edges, norms)
     generator = torch.Generator().manual_seed(seed)
     width = folding.matrix(model, edges.embeddings[0]).shape[1]
-    norms = [e for block in edges.blocks for e in block if e.norm] + [edges.final]
     means = any(isinstance(model.get_submodule(e.source), nn.LayerNorm) for e in norms)
     turn = rotation(width, generator, means)
     for name in edges.embeddings:
@@ -40,18 +40,30 @@ def apply(
         _through(model, edge, turn, edges.centered)
     for edge in (e for block in edges.blocks for e in block if e.head):
         _heads(model, edge, rotation(edge.head, generator))
-    return {"width": width, "order": _order(width)}
+    return {"width": width}
 
 
-def refuse(edges: Edges) -> None:
-    """Raises InputError where the stream cannot be turned."""
+def refuses(edges: Edges) -> str | None:
+    """Why the stream cannot be turned, in words; None if it can."""
     if edges.unturned is not None:
-        raise InputError(f"hadamard cannot turn this model's residual stream: {edges.unturned}.")
+        return edges.unturned
     if edges.tied:
-        raise InputError(
-            "hadamard folds the last norm into the head, which shares its weight with the embedding: --untie gives each "
-            "its own, and takes the room of both."
+        return (
+            "its last norm is folded into the head, which shares its weight with the embedding; --untie gives each its "
+            "own, which takes the room of both"
         )
+    return None
+
+
+def _check(model: nn.Module, edges: Edges, norms: list[Edge]) -> None:
+    if (why := refuses(edges)) is not None:
+        raise InputError(f"hadamard cannot turn this model's residual stream: {why}.")
+    for edge in norms:
+        norm: Any = model.get_submodule(edge.source)
+        if getattr(norm, "bias", None) is not None and (folding.gain(norm, edges.centered) == 0).any():
+            raise InputError(
+                f"hadamard cannot fold {edge.source}: one of its weights is 0, so that its bias stands alone."
+            )
 
 
 def _through(model: nn.Module, edge: Edge, turn: Tensor, centered: bool) -> None:
@@ -110,7 +122,7 @@ def _kind(n: int) -> str:
 
 
 def _hadamard(n: int) -> Tensor:
-    """Signs (n, n), float64, whose rows are orthogonal: Sylvester's doubling, or Paley's from squares modulo a prime."""
+    """Signs (n, n), float64, whose rows are orthogonal: by Sylvester's doubling, or Paley's squares modulo a prime."""
     kind = _kind(n)
     if n == 1:
         return torch.ones(1, 1, dtype=torch.float64)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from halfbyte import kernels
 from halfbyte.formats import Format
-from halfbyte.qtensor import QParams
 from halfbyte.scheme import static
 from halfbyte.transforms import folding
 
@@ -31,10 +30,9 @@ def choose(
     too. Gives back how many edges were scaled, and the mean of what the scales were made by."""
     chosen = []
     for edge in (e for block in edges.blocks for e in block):
-        readers = [n for n in edge.readers if n in targets and n in fed]
-        if not readers:
+        readers, x = [n for n in edge.readers if n in targets], fed.get(edge.readers[0])
+        if not readers or x is None:
             continue
-        x = fed[readers[0]]
         tried = {None: torch.ones(_channels(edge, x), dtype=torch.float64)}
         tried |= {a: _level(s) for a, s in candidates(edge, x).items()}
         errors = {a: sum(_error(model, n, edge, s, x, targets[n], inputs) for n in readers) for a, s in tried.items()}
@@ -49,7 +47,8 @@ def by_channel(edge: Edge, values: Tensor, how: str) -> Tensor:
     """Values of a reader's inputs (in,) -> of channels: the mean or the largest ("amax") of the inputs that are one."""
     if edge.columns is None:
         return values
-    return values.new_zeros(int(edge.columns.max()) + 1).scatter_reduce(0, edge.columns, values, how, include_self=False)
+    out = values.new_zeros(int(edge.columns.max()) + 1)
+    return out.scatter_reduce(0, edge.columns, values, how, include_self=False)
 
 
 def _channels(edge: Edge, x: Fed) -> int:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from halfbyte.transforms import Fed, Target
 
 SAYS = "what stands out in inputs is moved into the weights"
-ALPHAS = [i / 20 for i in range(20)]
+ALPHAS = [i / 20 for i in range(6, 20)]
 
 
 def apply(
