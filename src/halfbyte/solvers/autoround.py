@@ -3,23 +3,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from halfbyte.formats import Format, Table
 from halfbyte.kernels import proxy, reference
 from halfbyte.kernels.rounding import round_to_grid
 from halfbyte.qtensor import QParams, QTensor, grid_values
 from halfbyte.solvers import gptq
 
 SAYS = "AutoRound from GPTQ's codes: rounding and scales learned against each block's outputs"
-ITERATIONS = 200
+ITERATIONS = 100
 BATCH = 4  # rows of text an iteration
-RATE = 1 / 200  # of a step between codes, at first; it falls to 0
-SCALE_RATE = 1 / 2000  # of a scale
+RATE, SCALE_RATE = 0.003, 0.001  # of a step between codes, and of a scale, at first; they fall to 0
+BETAS = (0.9, 0.95)  # of Adam
+_INSIDE = 0.98
 
 
 def solve(
@@ -34,7 +36,9 @@ def solve(
         for name, site in sites.items()
         if proxy.refuses(site.format, tuple(site.op.weight.shape)) is None
     }
-    with _seen_through(sites, learned):
+    if not learned:
+        return found
+    with _seen_through(sites, learned), _products(learned.values()):
         before = _loss(block, inputs, targets)
         _descend(block, inputs, targets, list(learned.values()))
         after = _loss(block, inputs, targets)
@@ -57,8 +61,10 @@ class Rounding(nn.Module):
         v = grid_values(q.codes.reshape(groups, -1), self.format, self.whole)
         x = w.float().reshape(groups, -1) - (0 if self.added is None else self.added)
         x = torch.where(self.scale == 0, 0.0, x / self.scale)
-        self.x = v + (x - v).clamp(-0.49, 0.49)
+        low, high, self.step_size = _cells(v, self.format)
+        self.x = torch.minimum(torch.maximum(x, low), high)
         self.fits = gptq.fits(self.format)
+        self.moments: dict[str, tuple[Tensor, Tensor, int]] = {}
         self.stored = reference.store_qparams(p, self.format, q.dtype)
         self.round()
 
@@ -81,15 +87,25 @@ class Rounding(nn.Module):
 
     @torch.no_grad()
     def step(self, rate: float, scale_rate: float) -> None:
+        """Moves numbers by `rate` of a step between codes at most or so, and scales by that share of themselves."""
         assert self.current.grad is not None
         g = self.current.grad.reshape(self.x.shape)
         if self.fits:
-            down = (g * self.v).sum(1, keepdim=True).sign()
-            self.scale -= scale_rate * self.scale.abs() * down
+            size = self.scale.abs()
+            self.scale -= scale_rate * size * self._adam("scale", (g * self.v).sum(1, keepdim=True) * size)
             if self.added is not None:
-                self.added -= scale_rate * self.scale.abs() * g.sum(1, keepdim=True).sign()
-        self.x -= rate * (g * self.scale).sign()
+                self.added -= scale_rate * size * self._adam("added", g.sum(1, keepdim=True) * size)
+        self.x -= rate * self.step_size * self._adam("x", g * self.scale)
         self.round()
+
+    def _adam(self, name: str, g: Tensor) -> Tensor:
+        """The direction of Adam (arXiv:1412.6980, algorithm 1)."""
+        mean, square, t = self.moments.get(name) or (torch.zeros_like(g), torch.zeros_like(g), 0)
+        mean.lerp_(g, 1 - BETAS[0])
+        square.lerp_(g.square(), 1 - BETAS[1])
+        self.moments[name] = mean, square, t + 1
+        down = (square / (1 - BETAS[1] ** (t + 1))).sqrt_().clamp_(min=1e-30)
+        return (mean / (1 - BETAS[0] ** (t + 1))).div_(down)
 
     def forward(self, w: Tensor) -> Tensor:
         return self.current
@@ -105,6 +121,17 @@ class Rounding(nn.Module):
         return None if zero is None or like.qparams.zero is None else zero.reshape(like.qparams.zero.shape)
 
 
+def _cells(v: Tensor, f: Format) -> tuple[Tensor, Tensor, float]:
+    """Of grid values: from where to where numbers are rounded to them, a little inside; and the grid's mean step."""
+    if isinstance(f.grid, Table):
+        values = f.grid.codebook.unique()
+        middles = (values[1:] + values[:-1]) / 2
+        at = torch.searchsorted(values, v)
+        low, high = torch.cat((values[:1], middles))[at], torch.cat((middles, values[-1:]))[at]
+        return v + _INSIDE * (low - v), v + _INSIDE * (high - v), float(values[-1] - values[0]) / (len(values) - 1)
+    return v - _INSIDE / 2, v + _INSIDE / 2, 1.0
+
+
 @contextmanager
 def _seen_through(sites: Mapping[str, Any], learned: Mapping[str, Rounding]) -> Iterator[None]:
     ops = [(sites[name].op, r) for name, r in learned.items()]
@@ -117,11 +144,14 @@ def _seen_through(sites: Mapping[str, Any], learned: Mapping[str, Rounding]) -> 
             op.weight.grid, op.training = None, False
 
 
+def _products(learned: Iterable[Rounding]) -> AbstractContextManager[Any]:
+    """Products in bfloat16 where they are nearer than the weights: those are then far faster on many CPUs."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=all(r.format.bits <= 4 for r in learned))
+
+
 def _error(block: nn.Module, call: Any, target: Tensor) -> Tensor:
     """Of the block's outputs: each token's squared error."""
-    with torch.autocast("cpu", torch.bfloat16):
-        out = call(block)
-    return (out.float() - target.float()).square().sum(-1)
+    return (call(block).float() - target.float()).square().sum(-1)
 
 
 @torch.no_grad()
