@@ -92,7 +92,7 @@ class Found:
 
 
 def job(
-    loaded: Loaded, kind: Kind, format: str | None, requantize: bool, found: Found = Found(),
+    loaded: Loaded, kind: Kind, format: str | Scheme | None, requantize: bool, found: Found = Found(),
     revision: str | None = None, say: Say = lambda line: None,
     on_block: Callable[[int, int], None] | None = None, work: Path | None = None, first: Sequence[Step] = (),
 ) -> Job:  # fmt: skip
@@ -101,7 +101,7 @@ def job(
     as `prepare` does."""
     if not found.needs_model and not first:
         return prepare(loaded, kind, format, requantize, say)
-    if format is None or format.upper() in FLOATS:
+    if format is None or _floats(format):
         raise InputError(f"--solver, --calibration and --imatrix are of a --format to quantize to, not of {format}.")
     freeze = Freeze(scheme=chosen(format), on_block=on_block, **vars(found))
     prepare(loaded, kind, format, requantize)  # what cannot be is refused before the work
@@ -114,7 +114,9 @@ def job(
     return prepare(made.loaded, kind, None, False, say)
 
 
-def prepare(loaded: Loaded, kind: Kind, format: str | None, requantize: bool, say: Say = lambda line: None) -> Job:
+def prepare(
+    loaded: Loaded, kind: Kind, format: str | Scheme | None, requantize: bool, say: Say = lambda line: None
+) -> Job:  # fmt: skip
     """Decides what every weight becomes, and says so. format: a scheme, a mix, F32, F16 or BF16; None keeps what is
     there. Raises InputError, before anything is written, for what the kind cannot hold, and for codes that would have
     to be quantized anew unless `requantize`."""
@@ -158,11 +160,11 @@ def prepare(loaded: Loaded, kind: Kind, format: str | None, requantize: bool, sa
     return job
 
 
-def _wanted(loaded: Loaded, format: str | None) -> tuple[dict[str, Format], torch.dtype | None]:
+def _wanted(loaded: Loaded, format: str | Scheme | None) -> tuple[dict[str, Format], torch.dtype | None]:
     """op's name -> format, or the dtype that all matrices get. What inputs are rounded to is set in the ops."""
     if format is None:
         return {}, None
-    floats = FLOATS.get(format.upper())
+    floats = _floats(format)
     entries = [] if floats else [e for e in plan(loaded.model, chosen(format)) if e.after is not None and not e.tied_to]
     _round_inputs(loaded, entries)
     return {e.name.removesuffix(".weight"): e.after for e in entries if e.after is not None}, floats
@@ -176,9 +178,13 @@ def _round_inputs(loaded: Loaded, entries: list[Entry]) -> None:
             op.input = inputs.get(name)
 
 
-def chosen(format: str) -> Scheme | Mix:
+def _floats(format: str | Scheme) -> torch.dtype | None:
+    return FLOATS.get(format.upper()) if isinstance(format, str) else None
+
+
+def chosen(format: str | Scheme) -> Scheme | Mix:
     """The mix of that name in any case, else the scheme. Raises InputError."""
-    return MIXES.get(format.upper()) or to_scheme(format)
+    return (MIXES.get(format.upper()) if isinstance(format, str) else None) or to_scheme(format)
 
 
 def _say_anew(

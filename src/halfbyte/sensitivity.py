@@ -1,17 +1,19 @@
 """What rounding a weight costs the model, before anything is rounded: from one backward pass a row of text.
 
-To second order the mean KL of a changed model to the float one is 1/2 E (g . dy)^2, summed over its ops: dy is what
-an op's outputs are off by, and g the gradient, there, of the log-probability of a token that the model itself draws (the
-Fisher information; arXiv:1412.1193). Errors of rounding are as good as independent, of each other and of the inputs, so
+To second order the mean KL of a changed model to the float one is 1/2 E <G, dW>^2, summed over its weights, by tokens:
+G is the gradient of the log-probability of tokens that the model itself draws (the Fisher information), over a row of
+text. Errors of rounding are as good as independent, so that only squares are left,
 
-    KL = 1/2 sum_ij F_ij dW_ij^2,      F_ij = E g_i^2 x_j^2
+    KL = 1/2 sum_ij F_ij dW_ij^2,      F_ij = E G_ij^2,   G_ij = sum over a row's tokens of g_i x_j
 
-and F is kept as a row and a column of means, whose product it nearly is.
+with x what an op is fed and g the gradient at what it gives. The sum is squared, not its terms: an input that is much
+the same for all tokens makes the same error at each, and attention adds these up. (On SmolLM2 the sum of squares
+predicts a third of what rounding v_proj costs; see docs/bits.md.) F is kept as a row and a column of means.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -76,8 +78,19 @@ def fishers(
     return {n: s.fisher(n, tokens) for n, s in sums.items() if s.count}
 
 
+class Usual:
+    """What is taken of a weight that the text never reached: the mean information of all others, evenly."""
+
+    def __init__(self, seen: Iterable[Fisher]) -> None:
+        means = [s.columns.mean() for s in seen]
+        self.mean = float(torch.stack(means).mean()) if means else 0.0
+
+    def of(self, w: Tensor) -> Fisher:
+        return Fisher(torch.ones(w.shape[0]), torch.full((w.shape[1],), self.mean))
+
+
 class _Sums:
-    """Over what an op was given: of g_i^2, of x_j^2 times the mean of g^2, and of x_j^2."""
+    """Of an op over rows of text: means of G^2 by row and by column, and of the squares of its inputs."""
 
     def __init__(self, op: Op) -> None:
         out, inputs = op.weight.shape

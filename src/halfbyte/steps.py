@@ -114,8 +114,8 @@ class Dequantize(Step):
 
 
 class Calibrated(Step):
-    """calibration: a file, records, "self" (what the model writes itself) or "none"; left out it is "self" where text
-    is needed. samples: rows of max_length tokens of it; 32, or 16 of the model's own."""
+    """calibration: a file, records, an encoded Dataset, "self" (what the model writes itself) or "none"; left out it is
+    "self" where text is needed. samples: rows of max_length tokens of it; 32, or 16 of the model's own."""
 
     calibration: Any = None
     samples: Positive | None = None
@@ -128,8 +128,8 @@ class Calibrated(Step):
         raise TypeError(f"{type(self).__name__} is no step by itself.")
 
     def _rows(self, run: Run) -> data.Dataset | None:
-        if self._text is None:
-            return None
+        if self._text is None or isinstance(self._text, data.Dataset):
+            return self._text
         most = getattr(run.model.config, "max_position_embeddings", None) or self.max_length
         length = min(self.max_length, most)
         if isinstance(self._text, str) and self._text == "self":

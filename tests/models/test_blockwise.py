@@ -90,7 +90,8 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, after):
 def test_what_was_begun_otherwise_is_not_gone_on_with(tmp_path):
     source = folder(tmp_path / "m", words=True)
     quantized(source, tmp_path / "a", tmp_path / "work")
-    for other, said in (({"scheme": "int8-channel"}, "scheme int4-g32, not int8-channel"), ({"solver": "gptq"}, "solver")):
+    others = (({"scheme": "int8-channel"}, "scheme int4-g32, not int8-channel"), ({"solver": "gptq"}, "solver"))
+    for other, said in others:
         with pytest.raises(InputError, match=rf"--resume: .* begun with {said}"):
             quantized(source, tmp_path / "b", tmp_path / "work", **other)
     (source / "model.safetensors").touch()

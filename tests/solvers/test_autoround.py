@@ -11,7 +11,8 @@ from halfbyte.models import roles
 from halfbyte.solvers import autoround, gptq, solver
 from miniatures import folder, tokenizer
 
-NAMES = ["int4-g32", "uint4-g32", "int2-g64", "uint3-g64-affine", "q4_0", "q4_1", "q4_k", "iq4_nl", "nf4-g64", "int8-channel"]
+NAMES = ["int4-g32", "uint4-g32", "int2-g64", "uint3-g64-affine", "q4_0", "q4_1", "q4_k", "iq4_nl", "nf4-g64",
+         "int8-channel"]  # fmt: skip
 
 
 def case(name, dtype=torch.float32):
@@ -61,7 +62,8 @@ def test_it_goes_down_to_where_the_gradient_points(name):
 
 
 def batches(n=6):
-    rows = data.encode(data.records([{"text": f"some words, number {i}, and more of {i * i}"} for i in range(n)]), tokenizer(), 24)
+    text = [{"text": f"some words, number {i}, and more of {i * i}"} for i in range(n)]
+    rows = data.encode(data.records(text), tokenizer(), 24)
     return [next(data.batches(rows, 1, seed=i, pad_token_id=0)) for i in range(n)]
 
 

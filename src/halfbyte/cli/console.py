@@ -32,6 +32,10 @@ Transforms = Annotated[
     list[str] | None, typer.Option("--transform", help="What is done before, in this order: awq, smooth, hadamard.")
 ]
 Untie = Annotated[bool, typer.Option("--untie", help="Let hadamard give the head a weight of its own.")]
+TargetBits = Annotated[float | None, typer.Option(help="Choose each weight's format for so many bits a weight.")]
+TargetSize = Annotated[str | None, typer.Option(help="Choose them for weight files of at most 90MB, 1.5GB ...")]
+MaxKL = Annotated[float | None, typer.Option("--max-kl", help="Choose them for the smallest result within this KL.")]
+FormatNames = Annotated[str | None, typer.Option("--formats", help="What is chosen from, such as q4_k,q6_k,q8_0.")]
 SolverName = Annotated[str, typer.Option("--solver", help="How codes are found: rtn, gptq.")]
 
 

@@ -1,4 +1,4 @@
-"""halfbyte quantize MODEL --to SCHEME -o OUT"""
+"""halfbyte quantize MODEL --to SCHEME -o OUT, or to a target: --target-bits, --target-size, --max-kl"""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import typer
 from halfbyte.cli.console import (
     Calibration,
     Dtype,
+    FormatNames,
     GroupSize,
     Imatrix,
     Json,
+    MaxKL,
     MaxLength,
     ModelArgument,
     NoVerify,
@@ -21,7 +23,8 @@ from halfbyte.cli.console import (
     Resume,
     Revision,
     Samples,
-    SolverName,
+    TargetBits,
+    TargetSize,
     Transforms,
     Untie,
     emit,
@@ -38,12 +41,21 @@ if TYPE_CHECKING:
 
 def command(
     model: ModelArgument,
-    to: Annotated[str, typer.Option(help="W8A16, W4A16, NF4, Q4_K_M ..., or a format's name such as int4-g64.")],
     output: Output,
+    to: Annotated[
+        str | None, typer.Option(help="W8A16, W4A16, NF4, Q4_K_M ..., or a format's name such as int4-g64.")
+    ] = None,
+    target_bits: TargetBits = None,
+    target_size: TargetSize = None,
+    max_kl: MaxKL = None,
+    formats: FormatNames = None,
+    data: Annotated[str | None, typer.Option(help="What --max-kl is measured on; the model's own text.")] = None,
     group_size: GroupSize = None,
     transform: Transforms = None,
     untie: Untie = False,
-    solver: SolverName = "rtn",
+    solver: Annotated[
+        str | None, typer.Option(help="How codes are found: rtn, gptq. With --to rtn, with a target gptq.")
+    ] = None,
     calibration: Calibration = None,
     samples: Samples = None,
     max_length: MaxLength = 512,
@@ -60,7 +72,8 @@ def command(
 ) -> None:
     """Quantize a model after training: into a folder, or a file such as OUT.gguf."""
     from halfbyte import export, run, solvers
-    from halfbyte.folders import CHECKPOINT, FILES, check_free, whole
+    from halfbyte.cli.target import Target, choose, wanted
+    from halfbyte.folders import CHECKPOINT, FILES, begin, check_free, whole
     from halfbyte.plan import plan, totals
     from halfbyte.run import disk_bytes, to_scheme
     from halfbyte.steps import Freeze
@@ -70,23 +83,33 @@ def command(
         if json:
             emit({"output": str(output), "bytes": disk_bytes(output)})
         return
-    check_free(output, overwrite, model, calibration, imatrix)
+    target = Target(target_bits, target_size, max_kl, formats, data)
+    targeted = wanted(to, target)
+    check_free(output, overwrite, model, calibration, imatrix, data)
+    text: dict[str, Any] = {"calibration": calibration, "samples": samples, "max_length": max_length}
+    chosen, form = None, to
+    if targeted:
+        target.check(group_size=group_size, transform=transform, imatrix=imatrix, input_search=input_search)
+        begin(output, overwrite, resume)  # what an interrupted run left is refused before the work
+        chosen = choose(model, output, target, solver, text, dtype, revision)
+        form, solver, text["calibration"] = chosen.scheme, chosen.solver, chosen.rows
+    solver = solver or "rtn"
     if transform and imatrix is not None:
         raise InputError(
             "--imatrix and --transform: what a matrix says of inputs no longer holds once they are changed."
         )
-    scheme, by = to_scheme(to, group_size), solvers.solver(solver)
-    text = {"calibration": calibration, "samples": samples, "max_length": max_length}
+    scheme, by = to_scheme(form, group_size), solvers.solver(solver)
     first = _transforms(transform or [], scheme, untie=untie, **text)
     if calibration not in (None, "none") and not (by.needs_data or by.uses or scheme.static or first):
         say(f"--calibration is not used: {by.name} takes none.")
     if input_search is not None and not scheme.static:
         say(f"--input-search is not used: {scheme.name} has no scales of inputs to find.")
     usual = "minmax" if "smooth" in (transform or []) else export.Found.inputs  # nothing is left that stands out
-    found = export.Found(solver, calibration, samples, max_length, imatrix, input_search or usual)
+    found = export.Found(solver, **text, imatrix=imatrix, inputs=input_search or usual)
     summary: dict[str, Any] = {"output": str(output), "scheme": scheme.name, "solver": solver}
+    made = None if chosen is None else chosen.run
     if output.suffix in FILES:
-        summary |= _to_file(model, output, to, found, first, no_verify, dtype, revision, resume, overwrite)
+        summary |= _to_file(model, output, form, found, first, made, no_verify, dtype, revision, resume, overwrite)
     else:
         freeze = Freeze(scheme=scheme, **vars(found))
         loaded = run.load(model, dtype, revision, weights=False)
@@ -101,7 +124,10 @@ def command(
             loaded.checkpoint = partial / CHECKPOINT
             for step in first:
                 step(loaded)
-            freeze(loaded)
+            if made is None:
+                freeze(loaded)
+            else:
+                loaded = made
             bits = loaded.bits_per_weight()
             loaded.rows.append(("quantized", {"bits_per_weight": bits, "scheme": scheme.name}))
             loaded.write(partial, output.resolve().name)
@@ -109,8 +135,12 @@ def command(
         summary |= {"parameters": n, "bytes_before": before, "bits_per_weight": bits}
     size = disk_bytes(output)
     say(f"{output}: {size / 1e6:.1f} MB on disk; `halfbyte evaluate` tells what it cost.")
+    if chosen is not None:
+        summary |= chosen.as_dict()
     if json:
         emit({**summary, "bytes": size})
+    if chosen is not None:
+        chosen.done(size, target)
 
 
 def _transforms(names: list[str], scheme: Any, **settings: Any) -> list[Transform]:
@@ -139,9 +169,10 @@ def _announce(first: list[Transform], loaded: Run) -> None:
 def _to_file(
     model: str,
     output: Path,
-    to: str,
+    to: Any,
     found: Any,
     first: list[Transform],
+    made: Run | None,
     no_verify: bool,
     dtype: str | None,
     revision: str | None,
@@ -158,11 +189,15 @@ def _to_file(
     target = kind(None, output)
     loaded = export.read(model, parse_dtype(dtype), revision)
     entries = plan(loaded.model, export.chosen(to))
-    say(f"{model} -> {to} by {solvers.solver(found.solver).says}:")
+    name = to if isinstance(to, str) else to.name
+    say(f"{model} -> {name} by {solvers.solver(found.solver).says}:")
     show_plan(entries)
     _announce(first, Run(loaded))
     work = begin(output, overwrite, resume) / CHECKPOINT
-    job = export.job(loaded, target, to, True, found, revision, say, progress("block"), work, first)
+    if made is None:
+        job = export.job(loaded, target, to, True, found, revision, say, progress("block"), work, first)
+    else:
+        job = export.prepare(made.loaded, target, None, False, say)
     job.on_tensor = progress("tensor")
     done = export.export(model, job, target, output, None if no_verify else export.Proof(), overwrite, say, True)
     n, before, _ = totals(entries)

@@ -9,14 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from halfbyte.containers.shards import Shards, read_json
 from halfbyte.errors import InputError
 from halfbyte.formats import Format
-from halfbyte.layers import Codes, ops
+from halfbyte.layers import ops
 from halfbyte.models.checkpoint import Checkpoint, Source
 from halfbyte.models.loading import Loaded
 from halfbyte.models.structure import blocks
@@ -63,7 +62,7 @@ class Blockwise:
         loaded.checkpoint = self.checkpoint = Checkpoint(self.solved)
         self._prefixes = [prefix for prefix, _ in blocks(loaded.model)]
         _begin(folder, json.loads(json.dumps(settings)))
-        for name, p in list(loaded.model.named_parameters()):  # norms and such, which are small
+        for name, _ in list(loaded.model.named_parameters()):  # norms and such, which are small
             if not self._block_of(name) and not name.endswith(".stored"):
                 self.checkpoint.materialize(loaded.model, loaded.config.dtype, name)
 
