@@ -101,7 +101,7 @@ def test_a_missing_recipe(tmp_path):
 
 
 def test_what_would_fail_late_fails_first(tiny_llama, tiny_data, tmp_path, monkeypatch):
-    monkeypatch.setattr("halfbyte.steps.train", lambda *a, **k: pytest.fail("the work had begun"))
+    monkeypatch.setattr("halfbyte.steps.training.train", lambda *a, **k: pytest.fail("the work had begun"))
     train = {"train": {"data": str(tiny_data["text"]), "steps": 1}}
     base = {"model": str(tiny_llama), "output": str(tmp_path / "out")}
     late = {"evaluate": {"data": str(tmp_path / "nowhere.jsonl")}}

@@ -175,7 +175,7 @@ def test_a_scheme_that_no_folder_holds_is_refused_before_the_work(
     refused, wide_llama, tiny_data, out, monkeypatch, scheme
 ):
     monkeypatch.setattr("halfbyte.run.freeze", lambda *a, **k: pytest.fail("the work had begun"))
-    monkeypatch.setattr("halfbyte.steps.train", lambda *a, **k: pytest.fail("the work had begun"))
+    monkeypatch.setattr("halfbyte.steps.training.train", lambda *a, **k: pytest.fail("the work had begun"))
     words = ("no folder layout that others read", f"no layout for {scheme}")
     refused("quantize", wide_llama, "--to", scheme, "-o", out, words=words)
     for method in ("qat", "qat-lora", "scales"):

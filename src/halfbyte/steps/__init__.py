@@ -1,0 +1,19 @@
+"""The steps that methods are lists of. Each is a row in STEPS: its fields are the keys of a recipe."""
+
+from __future__ import annotations
+
+from halfbyte.steps.codes import Calibrated, Freeze, Transform
+from halfbyte.steps.measuring import Evaluate
+from halfbyte.steps.step import Positive, Step, check_length, checked, pad_id, read
+from halfbyte.steps.training import LEARNING_RATES, Train, trainable
+from halfbyte.steps.weights import Adapt, Dequantize, Grid, Merge
+
+__all__ = [
+    "LEARNING_RATES", "STEPS", "Adapt", "Calibrated", "Dequantize", "Evaluate", "Freeze", "Grid", "Merge", "Positive",
+    "Step", "Train", "Transform", "check_length", "checked", "pad_id", "read", "trainable",
+]  # fmt: skip
+
+STEPS: dict[str, type[Step]] = {
+    "adapt": Adapt, "dequantize": Dequantize, "grid": Grid, "freeze": Freeze, "merge": Merge, "train": Train,
+    "transform": Transform, "evaluate": Evaluate,
+}  # fmt: skip

@@ -1,0 +1,97 @@
+"""What is done to weights as they are: adapters, grids, floats of codes, merging."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from pydantic import ConfigDict, model_validator
+
+from halfbyte import adapters, layers, models
+from halfbyte.errors import InputError
+from halfbyte.run import Run, attach_from, dequantize, see_through, to_scheme
+from halfbyte.steps.step import Step
+
+
+class Adapt(Step):
+    """Adds an adapter to every weight that target_modules meets. Further keys are the adapter's settings.
+
+    path: go on from a PEFT adapter folder instead; its settings and targets then hold.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    adapter: str = "lora"
+    target_modules: str | list[str] = "all-linear"
+    path: str | None = None
+
+    def __call__(self, run: Run) -> None:
+        if adapters.attached(run.model):
+            return  # the model was an adapter folder: training goes on with it
+        if run.notes.get("input_search"):
+            raise InputError(
+                "an adapter's folder has no place for the scales of inputs that this run found: save the quantized "
+                "model first, then train an adapter on its folder."
+            )
+        if self.path is not None:
+            attach_from(run, Path(self.path))
+            return
+        torch.manual_seed(run.seed)  # so that A does not depend on what ran before
+        names = adapters.targets(run.model, models.roles(run.model), self.target_modules)
+        try:
+            adapters.attach(run.model, names, self.adapter, **(self.model_extra or {}))
+        except TypeError as e:
+            raise InputError(f"adapter {self.adapter}: {e}.") from None
+        run.notes["adapter"] = {"adapter": self.adapter, **(self.model_extra or {})}
+
+
+class Grid(Step):
+    """Weights are seen through the scheme's formats from now on; inputs too, where it rounds them."""
+
+    scheme: Any
+    group_size: int | None = None
+    how: str = "minmax"
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        chosen = to_scheme(self.scheme, self.group_size)  # a misspelt one fails when the step is made, not at its turn
+        if chosen.static:  # scales of inputs would be those of the weights as they were before training
+            raise InputError(
+                f"{chosen.name} rounds inputs by scales that are found on text: train through a scheme that rounds by "
+                f"token, such as W8A8, then quantize the result to {chosen.name} with --calibration FILE."
+            )
+        return self
+
+    def __call__(self, run: Run) -> None:
+        see_through(run, to_scheme(self.scheme, self.group_size), self.how)
+
+
+class Dequantize(Step):
+    """Makes floats of what is codes, in the model's dtype: for what is to be trained or rounded itself."""
+
+    def __call__(self, run: Run) -> None:
+        dequantize(run)
+
+
+class Merge(Step):
+    """Folds the adapters into their weights. base "trained": into what they were trained on (dequantized, for
+    QLoRA); "original": into the checkpoint's own weights."""
+
+    base: str = "trained"
+
+    def __call__(self, run: Run) -> None:
+        if self.base not in ("trained", "original"):
+            raise InputError(f"--base {self.base}: it is trained or original.")
+        if not adapters.attached(run.model):
+            raise InputError(f"{run.loaded.source} has no adapter to merge.")
+        if self.base == "original":
+            fresh = layers.weights(models.load(run.loaded.source, run.loaded.config.dtype).model)
+            for name, w in layers.weights(run.model).items():
+                if isinstance(w.stored, layers.Codes):
+                    w.store(fresh[name].base().detach())
+        for w in layers.weights(run.model).values():
+            w.merge()
+        if not run.holds_as_it_is():  # a base from a file of another kind: the result is a 16-bit model
+            dequantize(run)
+        run.notes.pop("stored", None)
+        run.notes["merged"] = self.base
