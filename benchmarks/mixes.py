@@ -1,11 +1,12 @@
 """Our GGUF files beside those that llama.cpp itself writes: bytes, and KL to the float model, mix by mix.
 
-    python benchmarks/mixes.py [--mixes Q4_K_M,Q4_0] [--windows 8] [--calibration 16] [--heldout]
+    python benchmarks/mixes.py [--mixes Q4_K_M,Q4_0] [--windows 8] [--calibration 16] [--heldout] [--sizes 80,93.5]
 
 The model is SmolLM2-135M off its grid (see searches.py). All write from the same F32 file; all results are read by
 halfbyte, their values computed with in float32: what is compared are the weights alone. With --calibration, both are
 also given the importance of inputs from so many windows of the domain's training text (llama.cpp the very numbers that
-our own rounding takes), and ours is solved by GPTQ on the same windows. Text is what the demo trains on, windows that
+our own rounding takes), and ours is solved by GPTQ on the same windows; with --sizes also files of at most so many MB
+whose formats are chosen by what they cost at each weight. Text is what the demo trains on, windows that
 calibration does not see, so that choices made here do not spoil the held-out text; --heldout measures on that, for
 figures that are told.
 """
@@ -27,7 +28,7 @@ import torch
 from searches import off_the_grid
 from torch import Tensor
 
-from halfbyte import calibrate, data, evaluate, export, kinds, models, run, sample_data
+from halfbyte import bits, calibrate, data, evaluate, export, kinds, models, run, sample_data
 from halfbyte.cli.demo import packaged
 from halfbyte.containers.gguf import write as write_gguf
 from halfbyte.layers import Linear, ops
@@ -58,7 +59,7 @@ def llama_cpp(source: Path, out: Path, mix: str, squares: Mapping[str, Tensor] |
     assert status == 0, status
 
 
-def ours(source: Path, out: Path, mix: str, **settings: Any) -> None:
+def ours(source: Path, out: Path, mix: Any, **settings: Any) -> None:
     kind = kinds.KINDS["gguf"]
     job = export.job(export.read(source), kind, mix, False, export.Found(**settings))
     export.export(source, job, kind, out, None)
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--calibration", type=int, default=0)
     parser.add_argument("--heldout", action="store_true")
+    parser.add_argument("--sizes", default="", help="MB of files whose formats are chosen by weight, such as 80,93.5")
     args = parser.parse_args()
     loaded = run.load(packaged(), "float32")
     run.dequantize(loaded)
@@ -112,20 +114,34 @@ def main() -> None:
                 "halfbyte, matrix": lambda s, o, m: ours(s, o, m, imatrix=matrix),
                 "halfbyte, gptq": lambda s, o, m: ours(s, o, m, solver="gptq", calibration=text),
             }
-        for mix in args.mixes.split(","):
+
+        def row(mix: str, by: str, write: Any) -> None:
+            out = Path(folder) / "out.gguf"
+            out.unlink(missing_ok=True)
+            began = time.perf_counter()
+            write(source, out)
+            seconds = time.perf_counter() - began
+            there = run.load(out, "float32")
+            run.dequantize(there)
+            found = {k: evaluate.measure(there.model, rows[k], references[k]) for k in rows}
+            kl = {k: [round(m.kl_mean or 0, 4), round(m.kl_error or 0, 4)] for k, m in found.items()}
+            size = round(out.stat().st_size / 1e6, 1)
+            print(json.dumps({"mix": mix, "by": by, "MB": size, "seconds": round(seconds, 1), "kl": kl}), flush=True)
+
+        for mix in filter(None, args.mixes.split(",")):
             for who, write in contenders.items():
-                out = Path(folder) / f"{mix}.gguf"
-                out.unlink(missing_ok=True)
-                began = time.perf_counter()
-                write(source, out, mix)
-                seconds = time.perf_counter() - began
-                there = run.load(out, "float32")
-                run.dequantize(there)
-                found = {k: evaluate.measure(there.model, rows[k], references[k]) for k in rows}
-                kl = {k: [round(m.kl_mean or 0, 4), round(m.kl_error or 0, 4)] for k, m in found.items()}
-                size = round(out.stat().st_size / 1e6, 1)
-                line = {"mix": mix, "by": who, "MB": size, "seconds": round(seconds, 1), "kl": kl}
-                print(json.dumps(line), flush=True)
+                row(mix, who, lambda s, o, write=write, mix=mix: write(s, o, mix))
+        if args.sizes:
+            assert args.calibration, "--sizes needs --calibration"
+            sizes = bits.check(loaded.loaded, bits.candidates(None, ".gguf"), True, None, None)
+            measured = bits.Measured(calibration=train)
+            began = time.perf_counter()
+            costs = measured.costs(loaded, sizes, measured.rows(loaded))
+            print(json.dumps({"sensitivity": round(time.perf_counter() - began, 1)}), flush=True)
+            for size in args.sizes.split(","):
+                scheme = costs.within(int(float(size) * 1e6)).scheme
+                row(f"{size} MB", "halfbyte, bits chosen, gptq",
+                    lambda s, o, scheme=scheme: ours(s, o, scheme, solver="gptq", calibration=text))  # fmt: skip
 
 
 if __name__ == "__main__":
