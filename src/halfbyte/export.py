@@ -224,10 +224,10 @@ def export(
     source: str | Path, job: Job, kind: Kind, output: Path, proof: Proof | None, overwrite: bool = False,
     say: Say = lambda line: None, resume: bool = False,
 ) -> Exported:  # fmt: skip
-    """Writes what was prepared, whole or not at all, also where some is there already (`resume`); reads it back by the
-    kind's own reader and measures it, unless proof is None. Raises BudgetExceeded, and keeps nothing, where the reader
-    computes something else than we do, and InputError before the work where inputs are to be rounded by scales that the
-    model does not have."""
+    """Writes what was prepared, whole or not at all, also where it was in parts already (`resume`); reads it back by
+    the kind's own reader and measures it, unless proof is None. Raises BudgetExceeded, and keeps nothing, where the
+    reader computes something else than we do, and InputError before the work where inputs are to be rounded by scales
+    that the model does not have."""
     for name, op in ops(job.loaded.model):
         if isinstance(op, Linear) and static(op.input) and op.input_qparams is None:
             raise InputError(

@@ -49,6 +49,12 @@ def check_free(target: Path, overwrite: bool = False, *sources: str | Path | Non
         raise InputError(f"{target} cannot be made: {parent} may not be written to.")
 
 
+def finished(target: Path, overwrite: bool) -> bool:
+    """Whether there is nothing to resume: the output is there, and no other is on its way to replace it."""
+    begun = target.resolve().with_name(f"{target.resolve().name}.partial") / CHECKPOINT
+    return target.exists() and not (overwrite and begun.exists())
+
+
 def begin(target: Path, overwrite: bool = False, resume: bool = False) -> Path:
     """The folder `target.partial`, which is not there yet, or with `resume` as an earlier try left it. Raises
     InputError as `check_free` does, and for one that could be gone on from but neither is asked for."""

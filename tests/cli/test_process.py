@@ -85,7 +85,14 @@ def test_an_interrupted_overwrite_keeps_the_old(halfbyte, tiny_llama, tmp_path, 
     monkeypatch.setattr("halfbyte.run.write_card", stop)
     assert halfbyte("quantize", tiny_llama, "--to", "NF4", "-o", out, "--overwrite").status == 130
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.partial"]  # to go on from
+    monkeypatch.undo()
+    assert halfbyte("quantize", tiny_llama, "--to", "NF4", "-o", out, "--overwrite", "--resume").status == 0
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    after = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert after["model.safetensors"] != before["model.safetensors"]
+    assert halfbyte("quantize", tiny_llama, "--to", "NF4", "-o", out, "--overwrite", "--resume").status == 0
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == after
 
 
 def test_training_that_diverges_says_so(halfbyte, tiny_llama, tiny_data, tmp_path):

@@ -73,12 +73,12 @@ def command(
     """Quantize a model after training: into a folder, or a file such as OUT.gguf."""
     from halfbyte import export, run, solvers
     from halfbyte.cli.target import Target, choose, wanted
-    from halfbyte.folders import CHECKPOINT, FILES, begin, check_free, whole
+    from halfbyte.folders import CHECKPOINT, FILES, begin, check_free, finished, whole
     from halfbyte.plan import plan, totals
     from halfbyte.run import disk_bytes, to_scheme
     from halfbyte.steps import Freeze
 
-    if resume and output.exists():
+    if resume and finished(output, overwrite):
         say(f"{output} is finished; nothing to do.")
         if json:
             emit({"output": str(output), "bytes": disk_bytes(output)})

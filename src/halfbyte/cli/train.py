@@ -62,12 +62,12 @@ def command(
     json: Json = False,
 ) -> None:
     """Fine-tune a model: all of it, LoRA, QLoRA, quantization-aware, or only its scales."""
-    from halfbyte.folders import CHECKPOINT, check_free, whole
+    from halfbyte.folders import CHECKPOINT, check_free, finished, whole
     from halfbyte.recipe import METHODS, method_steps
     from halfbyte.run import to_scheme
     from halfbyte.steps import Dequantize, Freeze
 
-    if resume and output.exists():
+    if resume and finished(output, overwrite):
         say(f"{output} is finished; nothing to do.")
         if json:
             emit({"output": str(output), "method": method, **_finished(output)})
