@@ -132,3 +132,12 @@ def test_an_adapter_onto_codes_that_text_found_is_refused_before_the_work(
     refused("run", recipe, words="quantize to a folder")
     recipe.write_text(json.dumps({**made, "steps": [*steps, "merge"]}))
     assert halfbyte("run", recipe).status == 0
+
+
+def test_a_group_size_holds_in_files_too(halfbyte, tiny_llama, tmp_path):
+    out = ("-o", tmp_path / "m.onnx", "--no-verify", "--json")
+    sizes = [
+        halfbyte("quantize", tiny_llama, "--to", "W4A16", *group, *out, "--overwrite").json["bytes"]
+        for group in ((), ("--group-size", 32), ("--group-size", 16))
+    ]
+    assert sizes[2] > sizes[1]

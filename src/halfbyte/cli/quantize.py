@@ -99,6 +99,7 @@ def command(
             "--imatrix and --transform: what a matrix says of inputs no longer holds once they are changed."
         )
     scheme, by = to_scheme(form, group_size), solvers.solver(solver)
+    form = form if group_size is None else scheme
     first = _transforms(transform or [], scheme, untie=untie, **text)
     if calibration not in (None, "none") and not (by.needs_data or by.uses or scheme.static or first):
         say(f"--calibration is not used: {by.name} takes none.")
