@@ -21,7 +21,7 @@ from halfbyte.models import Loaded
 from halfbyte.run import Run, dequantize
 from halfbyte.scheme import SCHEMES, Rule, Scheme
 from halfbyte.solvers import solver
-from halfbyte.steps import Calibrated, Freeze, check_length, read
+from halfbyte.steps import Calibrated, Freeze, check_length, is_word, read
 
 CLIMB = ("rtn", "gptq")  # solvers that a limit of KL is tried with; others take too long to be tried unasked
 TRIES = 3  # with each solver
@@ -115,7 +115,7 @@ class Measured(Calibrated):
 
     def rows(self, run: Run) -> data.Dataset:
         """The calibration text, encoded: what a Freeze step takes for it too. Raises InputError."""
-        if isinstance(self._text, str) and self._text == "none":
+        if is_word(self._text, "none"):
             raise InputError("--calibration none: formats are chosen on text; give a FILE, or self.")
         found = self._rows(run)
         assert found is not None
@@ -124,7 +124,7 @@ class Measured(Calibrated):
     def costs(self, run: Run, sizes: Footprint, rows: data.Dataset) -> Costs:
         """Of every weight that `sizes` has choices for. The run's weights are floats, all in memory."""
         told = {} if self.on_batch is None else {"on_batch": self.on_batch}
-        seen = sensitivity.fishers(run.model, self._batches(run, rows, self._most(rows)), run.seed, **told)
+        seen = sensitivity.fishers(run.model, self._batches(run, rows), run.seed, **told)
         shared, by_weight = models.tied(run.model), {}
         for name, found in seen.items():
             by_weight.setdefault(shared.get(name, name), []).append(found)

@@ -13,8 +13,10 @@ from halfbyte import adapters, calibrate, data, evaluate, layers, models, observ
 from halfbyte.errors import InputError
 from halfbyte.run import Run, check_static, dequantize, freeze, to_scheme
 from halfbyte.solvers import solver
-from halfbyte.steps.step import Positive, Step, pad_id, read
+from halfbyte.steps.step import Positive, Step, is_word, pad_id, read
 from halfbyte.transforms import Target, transform
+
+ROWS = 32  # of calibration text, where it is a file or records
 
 
 class Calibrated(Step):
@@ -36,7 +38,7 @@ class Calibrated(Step):
             return self._text
         most = getattr(run.model.config, "max_position_embeddings", None) or self.max_length
         length = min(self.max_length, most)
-        if isinstance(self._text, str) and self._text == "self":
+        if is_word(self._text, "self"):
             run.read_weights()
             told = {} if self.on_token is None else {"on_token": self.on_token}
             return self_samples.sample(
@@ -45,11 +47,11 @@ class Calibrated(Step):
         return data.encode(read(self._text), run.needs_tokenizer, length)
 
     def _most(self, rows: data.Dataset) -> int:
-        return min(len(rows), self.samples or (16 if self._text == "self" else 32))
+        return min(len(rows), self.samples or (self_samples.ROWS if is_word(self._text, "self") else ROWS))
 
-    def _batches(self, run: Run, rows: data.Dataset, most: int | None) -> list[data.Batch]:
+    def _batches(self, run: Run, rows: data.Dataset) -> list[data.Batch]:
         stream = data.batches(rows, 1, seed=run.seed, pad_token_id=pad_id(run))
-        return [next(stream) for _ in range(most or len(rows))]
+        return [next(stream) for _ in range(self._most(rows))]
 
 
 class Transform(Calibrated):
@@ -76,7 +78,7 @@ class Transform(Calibrated):
 
     @property
     def _text(self) -> Any:
-        if not transform(self.name).needs_data or (isinstance(self.calibration, str) and self.calibration == "none"):
+        if not transform(self.name).needs_data or is_word(self.calibration, "none"):
             return None
         return "self" if self.calibration is None else self.calibration
 
@@ -112,7 +114,7 @@ class Transform(Calibrated):
             targets = {e.name.removesuffix(".weight"): Target(e.after, e.input) for e in made if e.after is not None}
         if (rows := self._rows(run)) is not None:
             first = [e.readers[0] for block in edges.blocks for e in block]
-            fed = observe.fed(run.model, first, self._batches(run, rows, self._most(rows)), run.seed)
+            fed = observe.fed(run.model, first, self._batches(run, rows), run.seed)
         note |= row.apply(run.model, edges, fed, targets, run.seed if self.seed is None else self.seed)
         run.notes.setdefault("transforms", []).append(note)
 
@@ -150,7 +152,7 @@ class Freeze(Calibrated):
     @property
     def _text(self) -> Any:
         """What is read for calibration: a source of records, "self", or None."""
-        if isinstance(self.calibration, str) and self.calibration == "none":
+        if is_word(self.calibration, "none"):
             return None
         if self.calibration is not None or self.scheme is None or self.imatrix is not None:
             return self.calibration
@@ -169,21 +171,21 @@ class Freeze(Calibrated):
         chosen, by = to_scheme(self.scheme, self.group_size), solver(self.solver)
         squares = None if self.imatrix is None else models.importance(run.model, self.imatrix)
         rows = self._rows(run)
-        most = None if rows is None else self._most(rows)
         told = {k: f for k, f in (("on_block", self.on_block), ("on_batch", self.on_batch)) if f is not None}
         freeze(
-            run, chosen, by, None if rows is None else self._batches(run, rows, most), keep=self.keep,
-            inputs=self.inputs, squares=squares, store=self._store(run, chosen, by, rows, most), **told,
+            run, chosen, by, None if rows is None else self._batches(run, rows), keep=self.keep,
+            inputs=self.inputs, squares=squares, store=self._store(run, chosen, by, rows), **told,
         )  # fmt: skip
 
-    def _store(self, run: Run, chosen: Any, by: Any, rows: data.Dataset | None, most: int | None) -> calibrate.Store:
+    def _store(self, run: Run, chosen: Any, by: Any, rows: data.Dataset | None) -> calibrate.Store:
         """Where weights are meanwhile: on disk, but for a block, if the run has a place to keep what is found."""
         if run.checkpoint is None or not run.from_disk:
             run.read_weights()
             return calibrate.IN_MEMORY
         settings = {
             "weights": models.identity(run.loaded.path), "dtype": str(run.loaded.config.dtype), "seed": run.seed,
-            "scheme": chosen.notation(), "solver": by.name, "keep": self.keep, "samples": most,
+            "scheme": chosen.notation(), "solver": by.name, "keep": self.keep,
+            "samples": None if rows is None else self._most(rows), "max_length": self.max_length,
             "text": None if rows is None else rows.sha256,
             "imatrix": None if self.imatrix is None else models.identity(Path(self.imatrix)),
         }  # fmt: skip

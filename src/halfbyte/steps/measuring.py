@@ -11,7 +11,7 @@ from halfbyte import data, evaluate, kv_cache, self_samples
 from halfbyte.errors import InputError
 from halfbyte.formats import Format
 from halfbyte.run import Run, disk_bytes, load
-from halfbyte.steps.step import Positive, Step, check_length, read
+from halfbyte.steps.step import Positive, Step, check_length, is_word, read
 
 
 class Evaluate(Step):
@@ -33,7 +33,7 @@ class Evaluate(Step):
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        if _is_self(self.data) and self.against is None:
+        if is_word(self.data, "self") and self.against is None:
             raise InputError("--data self are the reference's own samples: name the reference by --against MODEL.")
         self._cache()
         return self
@@ -42,7 +42,7 @@ class Evaluate(Step):
         return None if self.kv_cache is None else kv_cache.parse(self.kv_cache)
 
     def __call__(self, run: Run) -> None:
-        row = self._on_samples(run) if _is_self(self.data) else self._on_records(run, read(self.data))
+        row = self._on_samples(run) if is_word(self.data, "self") else self._on_records(run, read(self.data))
         row.bytes = sum(map(disk_bytes, run.files)) if self.stage == "evaluate" else 0
         row.bits_per_weight = run.bits_per_weight()
         run.rows.append((self.stage, row.as_dict()))
@@ -87,7 +87,3 @@ class Evaluate(Step):
         row = evaluate.measure(run.model, rows, reference, self.batch_size, cache=self._cache(), **told)
         row.context = self.context
         return row
-
-
-def _is_self(source: Any) -> bool:
-    return isinstance(source, str) and source == "self"

@@ -60,6 +60,11 @@ def read(source: Any) -> list[data.Record]:
     return source if source and isinstance(source[0], data.Record) else data.records(source)
 
 
+def is_word(source: Any, word: str) -> bool:
+    """Whether a source of text is a word that stands for one, such as "self"; it may be records, or a Dataset."""
+    return isinstance(source, str) and source == word
+
+
 def pad_id(run: Run) -> int:
     """What rows are filled up with; it is never trained, so that any id will do."""
     pad = run.needs_tokenizer.pad_token_id
