@@ -66,10 +66,10 @@ def freeze(
     squares: Mapping[str, Tensor] | None = None,
     store: Store = IN_MEMORY,
 ) -> None:
-    """Makes codes of the named ops' weights, in place. A block is solved against the float model's outputs, fed
-    with what the already quantized blocks before it give. A solver that can do without text, and only weighs by it, is
-    told what the float model is fed. squares: op's name -> the mean squares of its inputs (in,), where they are known
-    beforehand (an importance matrix).
+    """Makes codes of the named ops' weights, in place. A block is solved against what it gives in the float model, fed
+    with what the already quantized blocks before it give, so that it makes good what they lost. A solver that can do
+    without text, and only weighs by it, is told what the float model is fed. squares: op's name -> the mean squares of
+    its inputs (in,), where they are known beforehand (an importance matrix).
 
     Raises InputError if the solver needs calibration and there is none, or for a weight that holds NaN or infinity.
     """
@@ -94,11 +94,14 @@ def freeze(
         codes = store.found(prefix, formats)
         use = solver if prefix or not solver.needs_data else SOLVERS[solver.outside]
         given, told = None, known
-        if feed is not None and (codes is None or not solver.needs_data):
+        if feed is not None:
             inside = {n: op for n, op in by_name.items() if not prefix or n.startswith(f"{prefix}.")}
-            with watching(inside, names, use.uses) as seen, store.passing():
-                given = feed.run(i) if prefix else feed.rest()
-            told = seen.moments()
+            with store.passing():
+                given = feed.targets(i) if prefix and feed.apart else None
+                if codes is None or given is None:
+                    with watching(inside, names, use.uses) as seen:
+                        outputs = feed.run(i) if prefix else feed.rest()
+                    given, told = given or outputs, seen.moments()
         if codes is None:
             sites = {n: Site(finite(n, by_name[n], f), f, told.get(n)) for n, f in formats.items()}
             block = model.get_submodule(prefix) if prefix else model
@@ -106,8 +109,8 @@ def freeze(
             store.keep(prefix, codes)
         for name, q in codes.items():
             by_name[name].weight.freeze(q)
-        if feed is not None and prefix:
-            feed.states = feed.run(i) if solver.needs_data or given is None else given
+        if feed is not None and given is not None:
+            feed.states, feed.floats = feed.run(i) if solver.needs_data else given, given
         store.let_go(prefix)
         on_block(i + 1, len(groups))
 

@@ -21,7 +21,8 @@ class _Reached(Exception):
 
 
 class Feed:
-    """The hidden states between blocks, and all else that each block is called with, a list over batches.
+    """The hidden states between blocks, and all else that each block is called with, a list over batches. floats: those
+    of the float model; states: what the blocks before, as they are now, give. They are one list while none is quantized.
 
     Making one runs the model once with empty blocks, so that what leads to the first is all that is computed. Blocks
     are called as the model calls them: masks and positions may differ from one to the next.
@@ -33,7 +34,7 @@ class Feed:
         self._width = self._outputs()
         with self._empty(self._note):
             self._pass()
-        self.states = [call.x for call in self._calls[0]]
+        self.states = self.floats = [call.x for call in self._calls[0]]
 
     def calls(self, i: int) -> list[Call]:
         """What block i is given on the present states."""
@@ -43,6 +44,17 @@ class Feed:
     def run(self, i: int) -> list[Tensor]:
         """Block i's outputs on the present states."""
         return [call(self._blocks[i]) for call in self.calls(i)]
+
+    @property
+    def apart(self) -> bool:
+        """Whether the two are no longer the same."""
+        return self.states is not self.floats
+
+    @torch.no_grad()
+    def targets(self, i: int) -> list[Tensor]:
+        """What the float block i gives in the float model."""
+        calls = zip(self._calls[i], self.floats, strict=True)
+        return [replace(call, x=x)(self._blocks[i]) for call, x in calls]
 
     def rest(self) -> None:
         """Runs what comes after the last block, on the present states, which are its outputs."""

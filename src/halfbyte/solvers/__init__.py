@@ -49,8 +49,8 @@ class Call:
 
 class Solve(Protocol):
     """block: a module whose ops are float. inputs: how it is called on calibration data, a list over batches; targets:
-    what it gives then, as floats (batch, tokens, width). Both None where there is no text, or no block: weights outside
-    the blocks are solved together. Sites by op's name."""
+    what it gives in the float model, whose blocks before it are float too, (batch, tokens, width). Both None where
+    there is no text, or no block: weights outside the blocks are solved together. Sites by op's name."""
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""AutoRound: rounding and scales learned by signed gradient descent, a block's outputs against the float block's
+"""AutoRound: rounding and scales learned by descent, a block's outputs against those it has in the float model
 (arXiv:2309.05516), from where GPTQ ends."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from halfbyte.solvers import gptq
 SAYS = "AutoRound from GPTQ's codes: rounding and scales learned against each block's outputs"
 ITERATIONS = 100
 BATCH = 4  # rows of text an iteration
-RATE, SCALE_RATE = 0.003, 0.001  # of a step between codes, and of a scale, at first; they fall to 0
+RATE, SCALE_RATE = 0.002, 0.001  # of a step between codes, and of a scale, at first; they fall to 0
 BETAS = (0.9, 0.95)  # of Adam
 _INSIDE = 0.98
 
@@ -150,17 +150,14 @@ def _products(learned: Iterable[Rounding]) -> AbstractContextManager[Any]:
 
 
 def _error(block: nn.Module, call: Any, target: Tensor) -> Tensor:
-    """Of the block's outputs: each token's squared error."""
-    return (call(block).float() - target.float()).square().sum(-1)
+    """Of the block's outputs: the squared error. All tokens count alike: that those are large whose keys draw most
+    attention makes them count for more, and they do matter more."""
+    return (call(block).float() - target.float()).square().sum()
 
 
 @torch.no_grad()
 def _loss(block: nn.Module, inputs: list[Any], targets: list[Tensor]) -> float:
-    return sum(float((_error(block, c, t) * weight(t)).sum()) for c, t in zip(inputs, targets, strict=True))
-
-
-def weight(target: Tensor) -> Tensor:
-    return 1 / target.float().square().sum(-1)
+    return sum(float(_error(block, c, t)) for c, t in zip(inputs, targets, strict=True))
 
 
 def _descend(block: nn.Module, inputs: list[Any], targets: list[Tensor], learned: list[Rounding]) -> None:
@@ -169,7 +166,7 @@ def _descend(block: nn.Module, inputs: list[Any], targets: list[Tensor], learned
     for i in range(ITERATIONS):
         for j in torch.randperm(len(inputs), generator=generator)[:batch].tolist():
             with torch.enable_grad():
-                (_error(block, inputs[j], targets[j]) * weight(targets[j])).sum().backward()
+                _error(block, inputs[j], targets[j]).backward()
         left = 1 - i / ITERATIONS
         for r in learned:
             r.step(RATE * left, SCALE_RATE * left)

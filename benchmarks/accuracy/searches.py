@@ -1,6 +1,6 @@
 """Which search of scales is best where no data may be used: KL of a rounded model, a format and a search a row.
 
-    python benchmarks/searches.py [--formats int4-g128,int3-g64] [--windows 8]
+    python benchmarks/accuracy/searches.py [--formats int4-g128,int3-g64] [--windows 8]
 
 The model is SmolLM2-135M from its package, taken off the Q4_1 grid that it was rounded to (seeded uniform noise of
 half a step), since formats like that grid would look better than they are. The text is what the demo *trains* on:
@@ -15,6 +15,7 @@ import json
 import time
 
 import torch
+from setting import off_the_grid
 
 from halfbyte import data, evaluate, kernels, models, run, sample_data
 from halfbyte.cli.demo import packaged
@@ -22,17 +23,6 @@ from halfbyte.formats import parse
 from halfbyte.layers import ops
 
 FORMATS = "int8-channel,int4-g128,int4-g32,uint4-g128,int3-g64,uint3-g64,int2-g32"
-
-
-def off_the_grid(model: torch.nn.Module, role: dict[str, str]) -> None:
-    """Uniform noise of half a step of every block of 32 in every projection, in place."""
-    generator = torch.Generator().manual_seed(0)
-    for name, op in ops(model):
-        if role[name] == "linear":
-            blocks = op.weight.base().detach().clone().reshape(-1, 32)
-            step = (blocks.amax(1, keepdim=True) - blocks.amin(1, keepdim=True)) / 15
-            blocks += (torch.rand(blocks.shape, generator=generator) - 0.5) * step
-            op.weight.store(blocks.reshape(op.weight.shape).bfloat16().float())
 
 
 def rounded(reference: torch.nn.Module, role: dict[str, str], name: str, how: str) -> torch.nn.Module:

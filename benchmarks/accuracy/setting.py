@@ -1,0 +1,99 @@
+"""What all contenders are measured on: one model, its own logits, text that nothing was calibrated or chosen on."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from halfbyte import data, evaluate, models, run, sample_data, self_samples
+from halfbyte.cli.demo import packaged
+from halfbyte.layers import ops
+from halfbyte.run import Run
+
+LENGTH = 512
+TEXTS = {"prose": sample_data.domain_text, "docstrings": sample_data.docstring_task}
+
+
+def off_the_grid(model: torch.nn.Module, role: dict[str, str]) -> None:
+    """Uniform noise of half a step of every block of 32 in every projection, in place."""
+    generator = torch.Generator().manual_seed(0)
+    for name, op in ops(model):
+        if role[name] == "linear":
+            blocks = op.weight.base().detach().clone().reshape(-1, 32)
+            step = (blocks.amax(1, keepdim=True) - blocks.amin(1, keepdim=True)) / 15
+            blocks += (torch.rand(blocks.shape, generator=generator) - 0.5) * step
+            op.weight.store(blocks.reshape(op.weight.shape).bfloat16().float())
+
+
+@dataclass
+class Setting:
+    """windows: of each text that is measured on. held_out: whether that is the held-out part; otherwise it is windows
+    of the training part that calibration does not see, for experiments. rows: of calibration text."""
+
+    windows: int = 6
+    held_out: bool = True
+    rows: int = 16
+    _known: dict[str, data.Dataset] = field(default_factory=dict)
+
+    @cached_property
+    def reference(self) -> Run:
+        """SmolLM2-135M in float32, off the Q4_1 grid that its package keeps it on."""
+        found = run.load(packaged(), "float32")
+        run.dequantize(found)
+        off_the_grid(found.model, models.roles(found.model))
+        return found
+
+    @cached_property
+    def texts(self) -> dict[str, data.Dataset]:
+        part = "heldout" if self.held_out else "train"
+        found = {
+            k: data.encode(data.records(v()[part][:400]), self.reference.tokenizer, LENGTH) for k, v in TEXTS.items()
+        }
+        return {k: replace(d, rows=d.rows[: self.windows]) for k, d in found.items()}
+
+    @cached_property
+    def references(self) -> dict[str, evaluate.Reference]:
+        return {k: evaluate.Reference(self.reference.model, keep=2_000_000_000) for k in self.texts}
+
+    def calibration(self, name: str, rows: int | None = None) -> data.Dataset:
+        """Rows of LENGTH tokens: of one of TEXTS' training part, or "self"."""
+        if name not in self._known:
+            self._known[name] = self._calibration(name)
+        found = self._known[name]
+        wanted = rows or self.rows
+        assert len(found) >= wanted, f"{name} has {len(found)} rows, not {wanted}."
+        return replace(found, rows=found.rows[:wanted])
+
+    def _calibration(self, name: str) -> data.Dataset:
+        if name == "self":
+            return self_samples.sample(self.reference.model, self.reference.tokenizer, self_samples.ROWS, LENGTH)
+        # all that a record says, as text: peers take whole rows of tokens
+        texts = [{"text": r.get("text") or r["prompt"] + r["completion"]} for r in TEXTS[name]()["train"]]
+        found = data.windows(data.records(texts), self.reference.tokenizer, LENGTH)
+        whole = [r for r in found.rows if len(r) == LENGTH]
+        return replace(found, rows=whole[0 if self.held_out else self.windows :])
+
+    def copy(self) -> Run:
+        return copy.deepcopy(self.reference)
+
+    def measured(self, there: Run) -> dict[str, Any]:
+        """Of each text: the mean KL and its error, the difference of losses and its 95% interval, and how often the
+        likeliest token is the same."""
+        out = {}
+        for name, rows in self.texts.items():
+            m = evaluate.measure(there.model, rows, self.references[name])
+            interval = [m.loss_difference, m.loss_difference_low, m.loss_difference_high]
+            out[name] = {
+                "kl": [m.kl_mean, m.kl_error], "loss": interval, "top1": m.top1_agreement, "perplexity": m.perplexity
+            }  # fmt: skip
+        return out
+
+    def noise_floor(self) -> dict[str, Any]:
+        """The reference against itself, computed in bfloat16."""
+        there = self.copy()
+        there.model.to(torch.bfloat16)
+        return self.measured(there)
