@@ -21,8 +21,8 @@ class _Reached(Exception):
 
 
 class Feed:
-    """The hidden states between blocks, and all else that each block is called with, a list over batches. floats: those
-    of the float model; states: what the blocks before, as they are now, give. They are one list while none is quantized.
+    """The hidden states between blocks, and all else that each block is called with, a list over batches. floats:
+    those of the float model; states: what the blocks before, as they are now, give. One list while none is quantized.
 
     Making one runs the model once with empty blocks, so that what leads to the first is all that is computed. Blocks
     are called as the model calls them: masks and positions may differ from one to the next.

@@ -46,8 +46,7 @@ def solve(
         for name in names:
             if name != last or name in out:
                 out[name] = quantize(sites[name].op.weight.value(), sites[name].format, form)
-    if last is not None and last not in out:
-        assert inputs is not None and targets is not None
+    if inputs and targets and last is not None and last not in out:
         with _seen_as({n: sites[n].op.weight for n in out}, out):
             out[last] = _closed(block, inputs, targets, sites[last])
     return {name: out[name] for name in sites}
@@ -64,9 +63,11 @@ def closing(block: nn.Module, call: Any, sites: Mapping[str, Any]) -> str | None
     finally:
         for hook in hooks:
             hook.remove()
-    if not used or sites[used[-1]].op.weight.shape[0] != y.shape[-1]:
+    if not used:
         return None
-    handle = sites[used[-1]].op.register_forward_hook(lambda m, args, out: out + y if out.shape == y.shape else out)
+    handle = sites[used[-1]].op.register_forward_hook(
+        lambda m, args, out: out + y.reshape(out.shape) if out.numel() == y.numel() else out
+    )
     try:
         doubled = call(block)
     finally:
@@ -93,17 +94,17 @@ def _closed(block: nn.Module, inputs: list[Any], targets: list[Tensor], site: An
     e what is missing when it is w, w' = w + E[e x^T] H^-1. This is the correction of Qronos (arXiv:2505.11695, equation
     7) for what a whole block is fed and loses."""
     fed: list[Tensor] = []
-    gram = missing = None
+    outs, ins = site.op.weight.shape
+    gram, missing = torch.zeros(ins, ins), torch.zeros(outs, ins)
     handle = site.op.register_forward_pre_hook(lambda m, args: fed.append(args[0]))
     try:
         for call, target in zip(inputs, targets, strict=True):
             e = (target - call(block)).flatten(0, -2).float()
             x = fed.pop().flatten(0, -2).float()
-            gram = x.T @ x if gram is None else gram.addmm_(x.T, x)
-            missing = e.T @ x if missing is None else missing.addmm_(e.T, x)
+            gram.addmm_(x.T, x)
+            missing.addmm_(e.T, x)
     finally:
         handle.remove()
-    assert gram is not None and missing is not None
     tokens = sum(t.shape[:-1].numel() for t in targets)
     form = Form.of(gram / tokens)
     return quantize(site.op.weight.value() + form.over(missing / tokens), site.format, form)
