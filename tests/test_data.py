@@ -21,6 +21,7 @@ from halfbyte.data import (
     encode_classification,
     encode_prompt,
     eval_batches,
+    stacked,
     label_choices,
     read_records,
     records,
@@ -556,6 +557,17 @@ def test_bad_batches_are_refused():
         batches(Dataset([], "text", ""), 1, seed=0, pad_token_id=0)
     with pytest.raises(InputError, match="at least 1"):
         eval_batches(rows_of(2), 0, 0)
+
+
+def test_neighbours_of_one_length_go_together_and_nothing_is_padded():
+    alone = list(eval_batches(rows_of(4, 4, 4, 2, 4, 4), 1, 0))
+    found = stacked(alone, 2)
+    assert [tuple(b.input_ids.shape) for b in found] == [(2, 4), (1, 4), (1, 2), (2, 4)]
+    assert sum(b.tokens for b in found) == sum(b.tokens for b in alone)
+    assert sum(b.targets for b in found) == sum(b.targets for b in alone)
+    for name in ("input_ids", "labels"):
+        rows = [row for b in found for row in getattr(b, name)]
+        assert all(torch.equal(row, getattr(b, name)[0]) for row, b in zip(rows, alone, strict=True))
 
 
 def test_eval_batches_are_one_pass_in_order():

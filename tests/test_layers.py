@@ -199,6 +199,20 @@ def test_a_cast_leaves_a_learned_scale_in_float32():
     assert op.weight.stored.scale.dtype == torch.float32
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_codes_are_multiplied_in_the_dtype_of_autocast(bias):
+    g = torch.Generator().manual_seed(0)
+    op = Linear(Weight(torch.nn.Parameter(torch.randn(32, 64, generator=g))), torch.randn(32) if bias else None)
+    x = torch.randn(20, 64, generator=g)
+    op.weight.freeze(kernels.quantize(op.weight.value(), "int4-g32"))
+    with torch.no_grad():
+        y = op(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = op(x)
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - y).norm() < 0.01 * y.norm()
+
+
 def test_codes_move_with_the_model():
     op = linear("nf4-g64-dq").to("meta")
     assert {t.device.type for t in op.weight.stored.q.tensors().values()} == {"meta"}

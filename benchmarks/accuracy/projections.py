@@ -104,7 +104,11 @@ def measured(setting: Setting, rows: tuple[Ours | Peer, ...], text: str, python:
         if isinstance(row, Peer):
             if python is None:
                 continue
-            there, seconds = peer(setting, python, row, text)
+            try:
+                there, seconds = peer(setting, python, row, text)
+            except RuntimeError as failure:
+                print(failure, flush=True)
+                continue
             what, by = f"int{row.bits}-g{GROUP}", PEERS[row.name].package.replace("==", " ")
             what = "nf4-g64" if row.name == "bitsandbytes" else what
             by += f", {row.iterations} iterations" if row.iterations else ""

@@ -12,6 +12,7 @@ from halfbyte.data import Batch
 from halfbyte.errors import InputError
 from halfbyte.feed import Feed, moments, watching
 from halfbyte.formats import Format
+from halfbyte.kernels.half import few_bits
 from halfbyte.layers import Op, ops
 from halfbyte.models import blocks
 from halfbyte.qtensor import QTensor
@@ -95,6 +96,7 @@ def freeze(
         use = solver if prefix or not solver.needs_data else SOLVERS[solver.outside]
         given, told = None, known
         if feed is not None:
+            feed.half = bool(prefix) and few_bits(formats.values())
             inside = {n: op for n, op in by_name.items() if not prefix or n.startswith(f"{prefix}.")}
             with store.passing():
                 given = feed.targets(i) if prefix and feed.apart else None

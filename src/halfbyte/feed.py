@@ -23,6 +23,7 @@ class _Reached(Exception):
 class Feed:
     """The hidden states between blocks, and all else that each block is called with, a list over batches. floats:
     those of the float model; states: what the blocks before, as they are now, give. One list while none is quantized.
+    half: see Call.
 
     Making one runs the model once with empty blocks, so that what leads to the first is all that is computed. Blocks
     are called as the model calls them: masks and positions may differ from one to the next.
@@ -30,6 +31,7 @@ class Feed:
 
     def __init__(self, model: nn.Module, blocks: list[nn.Module], batches: list[Batch]) -> None:
         self._model, self._blocks, self._batches = model, blocks, batches
+        self.half = False
         self._calls: list[list[Call]] = [[] for _ in blocks]
         self._width = self._outputs()
         with self._empty(self._note):
@@ -38,7 +40,7 @@ class Feed:
 
     def calls(self, i: int) -> list[Call]:
         """What block i is given on the present states."""
-        return [replace(call, x=x) for call, x in zip(self._calls[i], self.states, strict=True)]
+        return self._on(i, self.states)
 
     @torch.no_grad()
     def run(self, i: int) -> list[Tensor]:
@@ -53,8 +55,10 @@ class Feed:
     @torch.no_grad()
     def targets(self, i: int) -> list[Tensor]:
         """What the float block i gives in the float model."""
-        calls = zip(self._calls[i], self.floats, strict=True)
-        return [replace(call, x=x)(self._blocks[i]) for call, x in calls]
+        return [call(self._blocks[i]) for call in self._on(i, self.floats)]
+
+    def _on(self, i: int, states: list[Tensor]) -> list[Call]:
+        return [replace(call, x=x, half=self.half) for call, x in zip(self._calls[i], states, strict=True)]
 
     def rest(self) -> None:
         """Runs what comes after the last block, on the present states, which are its outputs."""

@@ -100,7 +100,7 @@ class Linear(nn.Module):
         """x (..., in) times what is stored, or what the grid makes of the weight, plus bias: (..., out)."""
         w = self.weight
         if (codes := self._codes()) is not None:
-            return kernels.linear(x, codes, bias)
+            return kernels.linear(_autocast(x), codes, None if bias is None else _autocast(bias))
         return F.linear(x, (w.base() if w.grid is None else w.value()).to(x.dtype), bias)
 
     def _codes(self) -> QTensor | None:
@@ -122,6 +122,12 @@ class Linear(nn.Module):
         rows = (*x.shape[:-1], 1)
         zero = None if p.zero is None else p.zero.expand(rows)
         return parse(f.name.replace("-tensor", "-channel")), QParams(p.scale.expand(rows), zero)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x as torch.autocast, which knows nothing of codes, gives it to a product."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 class Embedding(nn.Module):

@@ -1,6 +1,6 @@
 """Data: from files to batches of tokens, with masks that say what is learnt."""
 
-from halfbyte.data.batches import Batch, batches, eval_batches
+from halfbyte.data.batches import Batch, batches, eval_batches, stacked
 from halfbyte.data.chat import encode_chat
 from halfbyte.data.encode import (
     Dataset,
@@ -33,5 +33,6 @@ __all__ = [
     "records",
     "sha256",
     "split",
+    "stacked",
     "windows",
 ]

@@ -73,6 +73,30 @@ def eval_batches(dataset: Dataset, batch_size: int, pad_token_id: int) -> Iterat
     return (_batch(rows, pad_token_id) for rows in slices)
 
 
+def stacked(found: Sequence[Batch], size: int) -> list[Batch]:
+    """The same rows in the same order, neighbours of one length up to `size` together: nothing is padded."""
+    groups: list[list[Batch]] = []
+    for batch in found:
+        if groups and len(groups[-1]) < size and _alike(groups[-1][0], batch):
+            groups[-1].append(batch)
+        else:
+            groups.append([batch])
+    return [_joined(group) for group in groups]
+
+
+def _alike(a: Batch, b: Batch) -> bool:
+    return all(
+        (x is None) == (y is None) and (not isinstance(x, Tensor) or x.shape == y.shape)
+        for x, y in zip(vars(a).values(), vars(b).values(), strict=True)
+    )
+
+
+def _joined(group: list[Batch]) -> Batch:
+    parts = {k: torch.cat([getattr(b, k) for b in group]) for k, v in vars(group[0]).items() if isinstance(v, Tensor)}
+    counts = {k: sum(getattr(b, k) for b in group) for k in ("tokens", "targets")}
+    return replace(group[0], **parts, **counts)
+
+
 def _check(dataset: Dataset, batch_size: int) -> None:
     if not len(dataset):
         raise InputError("The data holds no rows, so there is nothing to make a batch of.")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from halfbyte.errors import InputError
 from halfbyte.formats import Format
+from halfbyte.kernels.half import half_products
 from halfbyte.layers import Op
 from halfbyte.qtensor import QTensor
 from halfbyte.solvers import autoround, gptq, hqq, rtn
@@ -35,15 +36,18 @@ class Site:
 
 @dataclass(frozen=True)
 class Call:
-    """How a block is called: on the hidden states x (batch, tokens, width), with masks and positions."""
+    """How a block is called: on the hidden states x (batch, tokens, width), with masks and positions. half: whether
+    its products are in bfloat16."""
 
     x: Tensor
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    half: bool = False
 
     def __call__(self, block: nn.Module) -> Tensor:
         """The hidden states that the block makes of it."""
-        out = block(self.x, *self.args, **self.kwargs)
+        with half_products(self.half):
+            out = block(self.x, *self.args, **self.kwargs)
         return out[0] if isinstance(out, tuple) else out
 
 

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def solve(
     }
     if not learned:
         return found
-    with _seen_through(sites, learned), _products(learned.values()):
+    with _seen_through(sites, learned):
         before = _loss(block, inputs, targets)
         _descend(block, inputs, targets, list(learned.values()))
         after = _loss(block, inputs, targets)
@@ -144,11 +144,6 @@ def _seen_through(sites: Mapping[str, Any], learned: Mapping[str, Rounding]) -> 
             op.weight.grid, op.training = None, False
 
 
-def _products(learned: Iterable[Rounding]) -> AbstractContextManager[Any]:
-    """Products in bfloat16 where they are nearer than the weights: those are then far faster on many CPUs."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=all(r.format.bits <= 4 for r in learned))
-
-
 def _error(block: nn.Module, call: Any, target: Tensor) -> Tensor:
     """Of the block's outputs: the squared error. All tokens count alike: that those are large whose keys draw most
     attention makes them count for more, and they do matter more."""
@@ -162,7 +157,7 @@ def _loss(block: nn.Module, inputs: list[Any], targets: list[Tensor]) -> float:
 
 def _descend(block: nn.Module, inputs: list[Any], targets: list[Tensor], learned: list[Rounding]) -> None:
     generator = torch.Generator().manual_seed(0)
-    batch = min(BATCH, len(inputs))
+    batch = max(1, BATCH // len(inputs[0].x))
     for i in range(ITERATIONS):
         for j in torch.randperm(len(inputs), generator=generator)[:batch].tolist():
             with torch.enable_grad():

@@ -32,20 +32,19 @@ def solve(
     the log says so."""
     out: dict[str, QTensor] = {}
     alike: dict[int, list[str]] = {}  # by their moments: what is fed the same
+    last = closing(block, inputs[0], sites) if inputs and targets else None
     for name, site in sites.items():
         f, gram = site.format, site.moments and site.moments.gram
         why = proxy.refuses(f, tuple(site.op.weight.shape)) or ("it saw no input" if gram is None else None)
         if why is not None:
             _log.warning("%s is rounded to nearest: %s", name, why)
             out[name] = rtn.quantize(site.op.weight.value(), f)
-        else:
+        elif name != last:
             alike.setdefault(id(gram), []).append(name)
-    last = closing(block, inputs[0], sites) if inputs and targets else None
     for names in alike.values():
         form = Form.of(sites[names[0]].moments.gram)
         for name in names:
-            if name != last or name in out:
-                out[name] = quantize(sites[name].op.weight.value(), sites[name].format, form)
+            out[name] = quantize(sites[name].op.weight.value(), sites[name].format, form)
     if inputs and targets and last is not None and last not in out:
         with _seen_as({n: sites[n].op.weight for n in out}, out):
             out[last] = _closed(block, inputs, targets, sites[last])

@@ -16,6 +16,7 @@ from halfbyte.solvers import solver
 from halfbyte.steps.step import Positive, Step, is_word, pad_id, read
 from halfbyte.transforms import Target, transform
 
+TOGETHER = 4  # rows that go through a block at a time
 ROWS = 32  # of calibration text, where it is a file or records
 
 
@@ -173,7 +174,7 @@ class Freeze(Calibrated):
         rows = self._rows(run)
         told = {k: f for k, f in (("on_block", self.on_block), ("on_batch", self.on_batch)) if f is not None}
         freeze(
-            run, chosen, by, None if rows is None else self._batches(run, rows), keep=self.keep,
+            run, chosen, by, None if rows is None else data.stacked(self._batches(run, rows), TOGETHER), keep=self.keep,
             inputs=self.inputs, squares=squares, store=self._store(run, chosen, by, rows), **told,
         )  # fmt: skip
 
