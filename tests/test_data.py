@@ -21,11 +21,11 @@ from halfbyte.data import (
     encode_classification,
     encode_prompt,
     eval_batches,
-    stacked,
     label_choices,
     read_records,
     records,
     split,
+    stacked,
     windows,
 )
 from halfbyte.errors import InputError

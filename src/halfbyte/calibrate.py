@@ -94,18 +94,20 @@ def freeze(
         formats = {n: chosen[n] for n in names}
         codes = store.found(prefix, formats)
         use = solver if prefix or not solver.needs_data else SOLVERS[solver.outside]
-        given, told = None, known
+        given, told, closing = None, known, None
         if feed is not None:
             feed.half = bool(prefix) and few_bits(formats.values())
             inside = {n: op for n, op in by_name.items() if not prefix or n.startswith(f"{prefix}.")}
             with store.passing():
                 given = feed.targets(i) if prefix and feed.apart else None
+                if codes is None and prefix and solver.needs_data and use.uses == "gram":
+                    closing = feed.closing(i, inside)
                 if codes is None or given is None:
-                    with watching(inside, names, use.uses) as seen:
+                    with watching(inside, [n for n in names if n != closing], use.uses) as seen:
                         outputs = feed.run(i) if prefix else feed.rest()
                     given, told = given or outputs, seen.moments()
         if codes is None:
-            sites = {n: Site(finite(n, by_name[n], f), f, told.get(n)) for n, f in formats.items()}
+            sites = {n: Site(finite(n, by_name[n], f), f, told.get(n), n == closing) for n, f in formats.items()}
             block = model.get_submodule(prefix) if prefix else model
             codes = use.solve(block, feed.calls(i) if feed and prefix else None, given, sites)
             store.keep(prefix, codes)

@@ -60,6 +60,28 @@ class Feed:
     def _on(self, i: int, states: list[Tensor]) -> list[Call]:
         return [replace(call, x=x, half=self.half) for call, x in zip(self._calls[i], states, strict=True)]
 
+    @torch.no_grad()
+    def closing(self, i: int, inside: Mapping[str, nn.Module]) -> str | None:
+        """Of block i's ops the one that is used last, if adding to what it gives adds as much to what the block gives.
+        None otherwise, as where a norm follows."""
+        call, block, used = self.calls(i)[0], self._blocks[i], []
+        hooks = [op.register_forward_pre_hook(lambda m, args, n=name: used.append(n)) for name, op in inside.items()]
+        try:
+            y = call(block)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not used:
+            return None
+        handle = inside[used[-1]].register_forward_hook(
+            lambda m, args, out: out + y.reshape(out.shape) if out.numel() == y.numel() else out
+        )
+        try:
+            doubled = call(block)
+        finally:
+            handle.remove()
+        return used[-1] if (doubled - 2 * y).norm() < 0.05 * y.norm() else None
+
     def rest(self) -> None:
         """Runs what comes after the last block, on the present states, which are its outputs."""
         states = iter(self.states)

@@ -27,11 +27,14 @@ class Moments:
 
 @dataclass(frozen=True)
 class Site:
-    """A weight to be quantized: the op that uses it, into which format, and what is known of its inputs."""
+    """A weight to be quantized: the op that uses it, into which format, and what is known of its inputs. closes:
+    whether it is the last of its block and what it gives is added to what the block gives, so that it can make good
+    what was lost before it; of its inputs nothing is known beforehand: they come from the codes of the others."""
 
     op: Op
     format: Format
     moments: Moments | None = None
+    closes: bool = False
 
 
 @dataclass(frozen=True)

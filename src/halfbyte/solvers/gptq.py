@@ -32,46 +32,26 @@ def solve(
     the log says so."""
     out: dict[str, QTensor] = {}
     alike: dict[int, list[str]] = {}  # by their moments: what is fed the same
-    last = closing(block, inputs[0], sites) if inputs and targets else None
+    closing = None
     for name, site in sites.items():
         f, gram = site.format, site.moments and site.moments.gram
-        why = proxy.refuses(f, tuple(site.op.weight.shape)) or ("it saw no input" if gram is None else None)
+        blind = gram is None and not site.closes
+        why = proxy.refuses(f, tuple(site.op.weight.shape)) or ("it saw no input" if blind else None)
         if why is not None:
             _log.warning("%s is rounded to nearest: %s", name, why)
             out[name] = rtn.quantize(site.op.weight.value(), f)
-        elif name != last:
+        elif site.closes:
+            closing = name
+        else:
             alike.setdefault(id(gram), []).append(name)
     for names in alike.values():
         form = Form.of(sites[names[0]].moments.gram)
         for name in names:
             out[name] = quantize(sites[name].op.weight.value(), sites[name].format, form)
-    if inputs and targets and last is not None and last not in out:
+    if inputs and targets and closing is not None:
         with _seen_as({n: sites[n].op.weight for n in out}, out):
-            out[last] = _closed(block, inputs, targets, sites[last])
+            out[closing] = _closed(block, inputs, targets, sites[closing])
     return {name: out[name] for name in sites}
-
-
-@torch.no_grad()
-def closing(block: nn.Module, call: Any, sites: Mapping[str, Any]) -> str | None:
-    """The op that is used last in a block, if what it gives is added to what the block gives: it can make good what all
-    before it lost. None if it is not, as where a norm follows."""
-    used: list[str] = []
-    hooks = [site.op.register_forward_pre_hook(lambda m, args, n=name: used.append(n)) for name, site in sites.items()]
-    try:
-        y = call(block)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not used:
-        return None
-    handle = sites[used[-1]].op.register_forward_hook(
-        lambda m, args, out: out + y.reshape(out.shape) if out.numel() == y.numel() else out
-    )
-    try:
-        doubled = call(block)
-    finally:
-        handle.remove()
-    return used[-1] if (doubled - 2 * y).norm() < 0.05 * y.norm() else None
 
 
 @contextmanager
