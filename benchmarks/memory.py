@@ -85,9 +85,12 @@ def main() -> None:
             command = [sys.executable, "-m", "halfbyte", "quantize", str(folder), "--to", "int4-g64", "-o", str(out)]
             if solver != "rtn":
                 command += ["--solver", solver, "--calibration", str(text), "--samples", str(args.samples)]
+            plan = [*command[:3], "plan", str(folder), "--to", "int4-g64", "--solver", solver]
+            plan += ["--samples", str(args.samples), "--json"]
+            told = json.loads(subprocess.run(plan, capture_output=True, text=True, check=True).stdout)
             most, seconds = peak(command)
             size = sum(f.stat().st_size for f in out.iterdir())
-            line = {"solver": solver, "resident_gb": round(most / 1e9, 3), "target_gb": TARGETS.get(solver, 0) / 1e9,
+            line = {"solver": solver, "resident_gb": round(most / 1e9, 3), "planned_gb": round(told["peak_memory"] / 1e9, 3), "target_gb": TARGETS.get(solver, 0) / 1e9,
                     "seconds": round(seconds, 1), "written_mb": round(size / 1e6)}  # fmt: skip
             print(json.dumps(line), flush=True)
 

@@ -352,6 +352,17 @@ def test_a_gguf_file_is_a_model_for_every_verb(halfbyte, tiny_llama, tiny_data, 
     assert said.json["kl_mean"] < 1e-3
 
 
+def test_plan_tells_the_memory_and_the_disk(halfbyte, tiny_llama):
+    found = {}
+    for solver, rows in (("rtn", 8), ("gptq", 8), ("gptq", 800), ("autoround", 8)):
+        plan = ("plan", tiny_llama, "--to", "int4-g32", "--solver", solver, "--samples", rows)
+        found[solver, rows] = halfbyte(*plan, "--json").json
+        assert f"by {solver}" in halfbyte(*plan).out
+    memory = {k: v["peak_memory"] for k, v in found.items()}
+    assert memory["rtn", 8] < memory["gptq", 8] < min(memory["gptq", 800], memory["autoround", 8])
+    assert all(v["bytes"] < v["disk"] < 2 * v["bytes"] for v in found.values())
+
+
 def test_plan_names_who_can_read_the_result(halfbyte, tiny_llama):
     said = halfbyte("plan", tiny_llama, "--to", "int4-g32")
     assert said.status == 0, said.err

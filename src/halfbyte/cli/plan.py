@@ -6,22 +6,29 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli.console import GroupSize, Json, ModelArgument, Revision, emit, show_plan
+from halfbyte.cli.console import GroupSize, Json, MaxLength, ModelArgument, Revision, Samples, emit, show_plan
 
 
 def command(
     model: ModelArgument,
     to: Annotated[str, typer.Option(help="A scheme, or a format's name.")],
     group_size: GroupSize = None,
+    solver: Annotated[str, typer.Option(help="What finds codes: rtn, hqq, gptq, autoround.")] = "rtn",
+    samples: Samples = None,
+    max_length: MaxLength = 512,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
     """Say what would become of every parameter, and do nothing."""
-    from halfbyte import export, models
+    from halfbyte import export, models, needs
     from halfbyte.containers import peft
     from halfbyte.plan import plan, totals
     from halfbyte.run import to_scheme
+    from halfbyte.scheme import Mix
+    from halfbyte.solvers import solver as solver_named
+    from halfbyte.steps.codes import ROWS
 
+    by = solver_named(solver)
     scheme = to_scheme(to, group_size)
     path = models.resolve(model, revision)
     source = peft.read(path)[0] if (path / peft.CONFIG).exists() else model  # merging leaves the base's layers
@@ -29,6 +36,8 @@ def command(
     entries = plan(loaded.model, scheme)
     readers = export.readers(loaded, entries)
     n, before, after = totals(entries)
+    as_gguf = isinstance(scheme, Mix)
+    takes = needs.needs(loaded.model, entries, by, samples or ROWS, max_length, as_gguf)
     if json:
         rows = [
             {"name": e.name, "shape": e.shape, "before": e.before, "after": e.after.name if e.after else e.before,
@@ -36,10 +45,14 @@ def command(
              "readers": readers.get(e.name, [])}
             for e in entries
         ]  # fmt: skip
-        emit({"scheme": scheme.name, "parameters": rows, "count": n, "bytes_before": before, "bytes": after})
+        emit({"scheme": scheme.name, "parameters": rows, "count": n, "bytes_before": before, "bytes": after,
+              "solver": by.name, "peak_memory": takes.memory, "disk": takes.disk})  # fmt: skip
     else:
         print(f"{model} -> {scheme.name}:")
         show_plan(entries, print)
+        text = f" on {samples or ROWS} rows of a file's text" if by.needs_data else ""
+        memory, disk = f"{takes.memory / 1e9:.1f} GB of memory", f"{takes.disk / 1e6:.1f} MB of disk"
+        print(f"  by {by.name}{text}: about {memory}, {disk} while it runs")
         _show_readers(readers)
 
 

@@ -72,7 +72,7 @@ class Solve(Protocol):
 class Solver:
     """needs_data: whether calibration text is needed; says: what is printed of it. uses: which moments of inputs it
     takes, "squares" (it does without where there are none), "gram" or nothing. outside: the solver of weights outside
-    the blocks, for one that needs data."""
+    the blocks, for one that needs data. learns: whether it takes gradients through the block."""
 
     name: str
     solve: Solve
@@ -80,6 +80,7 @@ class Solver:
     says: str
     uses: Literal["", "squares", "gram"] = ""
     outside: str = "gptq"
+    learns: bool = False
 
 
 SOLVERS: dict[str, Solver] = {
@@ -88,7 +89,7 @@ SOLVERS: dict[str, Solver] = {
         Solver("rtn", rtn.solve, False, rtn.SAYS, "squares"),
         Solver("hqq", hqq.solve, False, hqq.SAYS),
         Solver("gptq", gptq.solve, True, gptq.SAYS, "gram"),
-        Solver("autoround", autoround.solve, True, autoround.SAYS, "gram"),
+        Solver("autoround", autoround.solve, True, autoround.SAYS, "gram", learns=True),
     )
 }
 

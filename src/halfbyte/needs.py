@@ -1,0 +1,66 @@
+"""What it takes to quantize a model from disk to disk, a block at a time, told before it is begun."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from torch import nn
+
+from halfbyte.models import blocks
+from halfbyte.plan import Entry, totals
+from halfbyte.solvers import Solver
+
+PROCESS = 500_000_000  # bytes of a process that has read a model's tokenizer and none of its weights; measured
+ROWS_TOGETHER = 4  # rows of text that go through a block at a time
+_FLOAT = 4  # bytes: what is computed is float32
+_LEARNED = 10  # tensors of a weight's size while it is learned: numbers, codes, gradient, Adam's moments ...
+_EXACT, _FORM, _LARGE_FORM = 4096, 24, 16  # inputs up to which a Hessian is factored in float64, and bytes an element
+
+
+@dataclass(frozen=True)
+class Needs:
+    """memory: bytes that will be resident at most, by estimate (some 20% right: see benchmarks/memory.py). disk: bytes
+    beside the source while it runs: the result and, until that is whole, the codes it is written from."""
+
+    memory: int
+    disk: int
+
+
+def needs(
+    model: nn.Module, entries: Sequence[Entry], solver: Solver, rows: int, length: int, as_gguf: bool = False
+) -> Needs:
+    """Of a model, whose weights need not be in memory, that is to become `entries`. rows: of calibration text from a
+    file, of `length` tokens; a model that writes its own is in memory as a whole meanwhile. as_gguf: whether the result
+    is a GGUF file, for which all codes come together in memory."""
+    inside = {prefix: [e for e in entries if e.name.startswith(f"{prefix}.")] for prefix, _ in blocks(model)}
+    named = {e.name for found in inside.values() for e in found}
+    alone = [[e] for e in entries if e.name not in named]  # what lies outside of blocks comes a weight at a time
+    most = max(_held(part, solver, rows, length) for part in [*inside.values(), *alone] if part)
+    codes = sum(e.bytes_after for e in entries if e.after is not None)
+    return Needs(PROCESS + most + as_gguf * codes, totals(list(entries))[2] + codes)
+
+
+def _held(part: list[Entry], solver: Solver, rows: int, length: int) -> int:
+    """Bytes while the weights of a block, or one outside of them, are made codes."""
+    held = sum(e.bytes_before for e in part)
+    made = [e for e in part if e.after is not None]
+    if not made:
+        return held
+    held += sum(e.bytes_after for e in made)
+    inputs, outputs = [e.shape[-1] for e in made], [prod(e.shape[:-1]) for e in made]
+    largest = max(e.parameters for e in made) * _FLOAT
+    if not solver.needs_data:
+        return held + 2 * largest
+    fed = {(e.name.rsplit(".", 2)[0], e.shape[-1]) for e in made}  # weights side by side are fed the same
+    held += sum(e.bytes_before for e in made)  # what the codes stand for, while the block's last weight is found
+    held += sum(n * n for _, n in fed) * _FLOAT
+    states = 3 * rows * length * min(inputs) * _FLOAT  # of the float model, of the quantized one, and what comes next
+    passing = ROWS_TOGETHER * length * sum(outputs) * _FLOAT
+    n = max(inputs)
+    solving = n * n * (_FORM if n <= _EXACT else _LARGE_FORM) + 2 * largest
+    if solver.learns:
+        learning = sum(e.parameters for e in made) * _LEARNED * _FLOAT + 2 * passing
+        solving = max(solving, learning)
+    return held + states + max(passing, solving)
