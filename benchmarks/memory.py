@@ -90,9 +90,9 @@ def main() -> None:
             told = json.loads(subprocess.run(plan, capture_output=True, text=True, check=True).stdout)
             most, seconds = peak(command)
             size = sum(f.stat().st_size for f in out.iterdir())
-            line = {"solver": solver, "resident_gb": round(most / 1e9, 3), "planned_gb": round(told["peak_memory"] / 1e9, 3),
-                    "target_gb": TARGETS.get(solver, 0) / 1e9,
-                    "seconds": round(seconds, 1), "written_mb": round(size / 1e6)}  # fmt: skip
+            line = {"solver": solver, "resident_gb": round(most / 1e9, 3), "target_gb": TARGETS.get(solver, 0) / 1e9,
+                    "planned_gb": round(told["peak_memory"] / 1e9, 3), "seconds": round(seconds, 1),
+                    "written_mb": round(size / 1e6)}  # fmt: skip
             print(json.dumps(line), flush=True)
 
 
