@@ -54,7 +54,8 @@ def command(
     transform: Transforms = None,
     untie: Untie = False,
     solver: Annotated[
-        str | None, typer.Option(help="How codes are found: rtn, gptq. With --to rtn, with a target gptq.")
+        str | None,
+        typer.Option(help="How codes are found: rtn, hqq, gptq, autoround. With --to rtn, with a target gptq."),
     ] = None,
     calibration: Calibration = None,
     samples: Samples = None,
@@ -71,12 +72,10 @@ def command(
     json: Json = False,
 ) -> None:
     """Quantize a model after training: into a folder, or a file such as OUT.gguf."""
-    from halfbyte import export, run, solvers
+    from halfbyte import export, solvers
     from halfbyte.cli.target import Target, choose, wanted
-    from halfbyte.folders import CHECKPOINT, FILES, begin, check_free, finished, whole
-    from halfbyte.plan import plan, totals
+    from halfbyte.folders import FILES, begin, check_free, finished
     from halfbyte.run import disk_bytes, to_scheme
-    from halfbyte.steps import Freeze
 
     if resume and finished(output, overwrite):
         say(f"{output} is finished; nothing to do.")
@@ -112,28 +111,7 @@ def command(
     if output.suffix in FILES:
         summary |= _to_file(model, output, form, found, first, made, no_verify, dtype, revision, resume, overwrite)
     else:
-        freeze = Freeze(scheme=scheme, **vars(found))
-        loaded = run.load(model, dtype, revision, weights=False)
-        entries = plan(loaded.model, scheme)
-        say(f"{model} -> {scheme.name} by {by.says}:")
-        show_plan(entries)
-        loaded.holds(scheme)
-        _announce(first, loaded)
-        freeze.on_block, freeze.on_batch = progress("block"), progress("calibration row")
-        freeze.on_token = progress("token of the model's own text")
-        with whole(output, overwrite, resume) as partial:
-            loaded.checkpoint = partial / CHECKPOINT
-            for step in first:
-                step(loaded)
-            if made is None:
-                freeze(loaded)
-            else:
-                loaded = made
-            bits = loaded.bits_per_weight()
-            loaded.rows.append(("quantized", {"bits_per_weight": bits, "scheme": scheme.name}))
-            loaded.write(partial, output.resolve().name)
-        n, before, _ = totals(entries)
-        summary |= {"parameters": n, "bytes_before": before, "bits_per_weight": bits}
+        summary |= _to_folder(model, output, scheme, found, first, made, dtype, revision, resume, overwrite)
     size = disk_bytes(output)
     say(f"{output}: {size / 1e6:.1f} MB on disk; `halfbyte evaluate` tells what it cost.")
     if chosen is not None:
@@ -165,6 +143,48 @@ def _announce(first: list[Transform], loaded: Run) -> None:
         more = step.adds(loaded)
         apart = f"; the head gets a weight of its own, {more / 1e6:.1f} MB more" if more else ""
         say(f"  before: {transform(step.name).says}{apart}")
+
+
+def _to_folder(
+    model: str,
+    output: Path,
+    scheme: Any,
+    found: Any,
+    first: list[Transform],
+    made: Run | None,
+    dtype: str | None,
+    revision: str | None,
+    resume: bool,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """A block at a time, from disk to disk, where nothing is done before that needs the whole model."""
+    from halfbyte import run, solvers
+    from halfbyte.folders import CHECKPOINT, whole
+    from halfbyte.plan import plan, totals
+    from halfbyte.steps import Freeze
+
+    freeze = Freeze(scheme=scheme, **vars(found))
+    loaded = run.load(model, dtype, revision, weights=False)
+    entries = plan(loaded.model, scheme)
+    say(f"{model} -> {scheme.name} by {solvers.solver(found.solver).says}:")
+    show_plan(entries)
+    loaded.holds(scheme)
+    _announce(first, loaded)
+    freeze.on_block, freeze.on_batch = progress("block"), progress("calibration row")
+    freeze.on_token = progress("token of the model's own text")
+    with whole(output, overwrite, resume) as partial:
+        loaded.checkpoint = partial / CHECKPOINT
+        for step in first:
+            step(loaded)
+        if made is None:
+            freeze(loaded)
+        else:
+            loaded = made
+        bits = loaded.bits_per_weight()
+        loaded.rows.append(("quantized", {"bits_per_weight": bits, "scheme": scheme.name}))
+        loaded.write(partial, output.resolve().name)
+    n, before, _ = totals(entries)
+    return {"parameters": n, "bytes_before": before, "bits_per_weight": bits}
 
 
 def _to_file(
