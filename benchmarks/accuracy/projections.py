@@ -50,7 +50,7 @@ class Peer:
 
 WEIGHTS = {
     bits: (
-        Ours(f"int{bits}-g{GROUP}", "rtn"), Ours(f"int{bits}-g{GROUP}", "hqq"), Peer("hqq", bits),
+        Ours(f"int{bits}-g{GROUP}", "rtn"), Ours(f"uint{bits}-g{GROUP}-affine", "hqq"), Peer("hqq", bits),
         Ours(f"int{bits}-g{GROUP}", "gptq"), Peer("llmcompressor", bits),
         Peer("autoround", bits, iterations=50, rows=32), Ours(f"int{bits}-g{GROUP}", "autoround", rows=64),
         *((Peer("bitsandbytes", 4),) if bits == 4 else ()),

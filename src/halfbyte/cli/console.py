@@ -36,7 +36,7 @@ TargetBits = Annotated[float | None, typer.Option(help="Choose each weight's for
 TargetSize = Annotated[str | None, typer.Option(help="Choose them for weight files of at most 90MB, 1.5GB ...")]
 MaxKL = Annotated[float | None, typer.Option("--max-kl", help="Choose them for the smallest result within this KL.")]
 FormatNames = Annotated[str | None, typer.Option("--formats", help="What is chosen from, such as q4_k,q6_k,q8_0.")]
-SolverName = Annotated[str, typer.Option("--solver", help="How codes are found: rtn, gptq.")]
+SolverName = Annotated[str, typer.Option("--solver", help="How codes are found: rtn, hqq, gptq, autoround.")]
 
 
 def say(line: str) -> None:
