@@ -19,6 +19,7 @@ from halfbyte.solvers import rtn
 
 SAYS = "GPTQ, then descent on its loss in codes and scales"
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
+RIDGE = 0.03  # likewise, where it is told from inputs what a block is short of
 ROUNDS = 2
 _ELEMENTS = 1 << 24  # of the rows that are solved at a time, and of the largest temporary while scales are fitted
 _EXACT = 4096  # inputs up to which H is factored in float64; above it, that would take the most memory of all
@@ -70,23 +71,51 @@ def _seen_as(weights: Mapping[str, Any], codes: Mapping[str, QTensor]) -> Iterat
 @torch.no_grad()
 def _closed(block: nn.Module, inputs: list[Any], targets: list[Tensor], site: Any) -> QTensor:
     """The codes of a block's closing op, for the weight w' whose outputs bring the block's nearest to the targets: with
-    e what is missing when it is w, w' = w + E[e x^T] H^-1. This is the correction of Qronos (arXiv:2505.11695, equation
-    7) for what a whole block is fed and loses."""
+    e what is missing when it is w, w' = w + a E[e x^T] H^-1. This is the correction of Qronos (arXiv:2505.11695,
+    equation 7) for what a whole block is fed and loses, as far as it is found again on other text."""
     fed: list[Tensor] = []
     outs, ins = site.op.weight.shape
-    gram, missing = torch.zeros(ins, ins), torch.zeros(outs, ins)
+    halves = [(torch.zeros(ins, ins), torch.zeros(outs, ins)) for _ in range(2)]
     handle = site.op.register_forward_pre_hook(lambda m, args: fed.append(args[0]))
     try:
         for call, target in zip(inputs, targets, strict=True):
-            e = (target - call(block)).flatten(0, -2).float()
-            x = fed.pop().flatten(0, -2).float()
-            gram.addmm_(x.T, x)
-            missing.addmm_(e.T, x)
+            e = (target - call(block)).flatten(0, -2).float().tensor_split(2)
+            x = fed.pop().flatten(0, -2).float().tensor_split(2)
+            for (gram, missing), e_part, x_part in zip(halves, e, x, strict=True):
+                gram.addmm_(x_part.T, x_part)
+                missing.addmm_(e_part.T, x_part)
     finally:
         handle.remove()
+    share = _share(halves)
+    (gram, missing), (more, other) = halves
+    gram += more
+    missing += other
+    del halves, more, other
+    change = _regression(gram, missing).mul_(share)
     tokens = sum(t.shape[:-1].numel() for t in targets)
-    form = Form.of(gram / tokens)
-    return quantize(site.op.weight.value() + form.over(missing / tokens), site.format, form)
+    return quantize(site.op.weight.value() + change, site.format, Form.of(gram / tokens))
+
+
+def _share(halves: list[tuple[Tensor, Tensor]]) -> float:
+    """How much of a regression to trust: by how much the one found on half of the text best serves the other half, and
+    so what the one found on all of it, with half the noise, would serve."""
+    gained = spent = 0.0
+    for (gram, missing), (other_gram, other_missing) in (halves, halves[::-1]):
+        change = _regression(gram, missing)
+        gained += (change * other_missing).sum().item()
+        spent += ((change @ other_gram) * change).sum().item()
+    half = min(1.0, max(0.0, gained / spent)) if spent > 0 else 0.0
+    return 2 * half / (1 + half)
+
+
+def _regression(gram: Tensor, missing: Tensor) -> Tensor:
+    """Of what is missing on inputs, from sums over tokens: (out, in), with a ridge."""
+    h = gram.double() if len(gram) <= _EXACT else gram.clone()
+    d = h.diagonal()
+    mean = d.mean()
+    d += RIDGE * mean + (0 if mean > 0 else 1)
+    torch.linalg.cholesky(h, out=h)
+    return torch.cholesky_solve(missing.T.to(h.dtype), h).T.float()
 
 
 @dataclass(frozen=True)
@@ -108,12 +137,6 @@ class Form:
         d += damping * mean + (0 if mean > 0 else 1)
         order = d.argsort(descending=True)
         return cls(h, order, _factor(h, order))
-
-    def over(self, x: Tensor) -> Tensor:
-        """x H^-1, for x float32 (rows, in)."""
-        out = torch.empty_like(x)
-        out[:, self.order] = x[:, self.order] @ self.factor @ self.factor.T
-        return out
 
 
 def _factor(h: Tensor, order: Tensor) -> Tensor:
