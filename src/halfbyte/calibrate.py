@@ -96,7 +96,7 @@ def freeze(
         use = solver if prefix or not solver.needs_data else SOLVERS[solver.outside]
         given, told, closing = None, known, None
         if feed is not None:
-            feed.half = bool(prefix) and few_bits(formats.values())
+            feed.half = bool(prefix) and solver.needs_data and few_bits(formats.values())
             inside = {n: op for n, op in by_name.items() if not prefix or n.startswith(f"{prefix}.")}
             with store.passing():
                 given = feed.targets(i) if prefix and feed.apart else None

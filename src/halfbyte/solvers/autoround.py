@@ -19,7 +19,7 @@ from halfbyte.solvers import gptq
 SAYS = "AutoRound from GPTQ's codes: rounding and scales learned against each block's outputs"
 ITERATIONS = 100
 BATCH = 4  # rows of text an iteration
-RATE, SCALE_RATE = 0.002, 0.001  # of a step between codes, and of a scale, at first; they fall to 0
+RATE, SCALE_RATE = 0.001, 0.0003  # of a step between codes, and of a scale, at first; they fall to 0
 BETAS = (0.9, 0.95)  # of Adam
 _INSIDE = 0.98
 
@@ -28,11 +28,12 @@ def solve(
     block: nn.Module, inputs: list[Any] | None, targets: list[Tensor] | None, sites: Mapping[str, Any]
 ) -> dict[str, QTensor]:
     """See halfbyte.solvers.Solve."""
-    found = gptq.solve(block, inputs, targets, sites)
+    solved = gptq.solved(block, inputs, targets, sites)
+    found = {name: q for name, (q, _) in solved.items()}
     if inputs is None or targets is None:
         return found
     learned = {
-        name: Rounding(site.op.weight.value(), found[name])
+        name: Rounding(solved[name][1], found[name])
         for name, site in sites.items()
         if proxy.refuses(site.format, tuple(site.op.weight.shape)) is None
     }
@@ -145,9 +146,10 @@ def _seen_through(sites: Mapping[str, Any], learned: Mapping[str, Rounding]) -> 
 
 
 def _error(block: nn.Module, call: Any, target: Tensor) -> Tensor:
-    """Of the block's outputs: the squared error. All tokens count alike: that those are large whose keys draw most
-    attention makes them count for more, and they do matter more."""
-    return (call(block).float() - target.float()).square().sum()
+    """Of the block's outputs: the sum of all tokens' squared errors, each by the token's size, as the next norm will
+    take it."""
+    target = target.float()
+    return ((call(block).float() - target).square().sum(-1) / target.square().sum(-1)).sum()
 
 
 @torch.no_grad()

@@ -31,7 +31,15 @@ def solve(
 ) -> dict[str, QTensor]:
     """See halfbyte.solvers.Solve. What saw no input, or has a format that is not solved for, is rounded to nearest, and
     the log says so."""
+    return {name: q for name, (q, _) in solved(block, inputs, targets, sites).items()}
+
+
+def solved(
+    block: nn.Module, inputs: list[Any] | None, targets: list[Tensor] | None, sites: Mapping[str, Any]
+) -> dict[str, tuple[QTensor, Tensor]]:
+    """As `solve`, with the weights that the codes were found for: those of the ops, but for the one that closes."""
     out: dict[str, QTensor] = {}
+    weights = {name: site.op.weight.value() for name, site in sites.items()}
     alike: dict[int, list[str]] = {}  # by their moments: what is fed the same
     closing = None
     for name, site in sites.items():
@@ -40,7 +48,7 @@ def solve(
         why = proxy.refuses(f, tuple(site.op.weight.shape)) or ("it saw no input" if blind else None)
         if why is not None:
             _log.warning("%s is rounded to nearest: %s", name, why)
-            out[name] = rtn.quantize(site.op.weight.value(), f)
+            out[name] = rtn.quantize(weights[name], f)
         elif site.closes:
             closing = name
         else:
@@ -48,11 +56,12 @@ def solve(
     for names in alike.values():
         form = Form.of(sites[names[0]].moments.gram)
         for name in names:
-            out[name] = quantize(sites[name].op.weight.value(), sites[name].format, form)
+            out[name] = quantize(weights[name], sites[name].format, form)
     if inputs and targets and closing is not None:
         with _seen_as({n: sites[n].op.weight for n in out}, out):
-            out[closing] = _closed(block, inputs, targets, sites[closing])
-    return {name: out[name] for name in sites}
+            weights[closing], form = _closed(block, inputs, targets, sites[closing])
+        out[closing] = quantize(weights[closing], sites[closing].format, form)
+    return {name: (out[name], weights[name]) for name in sites}
 
 
 @contextmanager
@@ -69,10 +78,10 @@ def _seen_as(weights: Mapping[str, Any], codes: Mapping[str, QTensor]) -> Iterat
 
 
 @torch.no_grad()
-def _closed(block: nn.Module, inputs: list[Any], targets: list[Tensor], site: Any) -> QTensor:
-    """The codes of a block's closing op, for the weight w' whose outputs bring the block's nearest to the targets: with
-    e what is missing when it is w, w' = w + a E[e x^T] H^-1. This is the correction of Qronos (arXiv:2505.11695,
-    equation 7) for what a whole block is fed and loses, as far as it is found again on other text."""
+def _closed(block: nn.Module, inputs: list[Any], targets: list[Tensor], site: Any) -> tuple[Tensor, Form]:
+    """The weight w' of a block's closing op whose outputs bring the block's nearest to the targets, and the form of its
+    inputs: with e what is missing when it is w, w' = w + a E[e x^T] H^-1. This is the correction of Qronos
+    (arXiv:2505.11695, equation 7) for what a whole block is fed and loses, as far as it is found on other text too."""
     fed: list[Tensor] = []
     outs, ins = site.op.weight.shape
     halves = [(torch.zeros(ins, ins), torch.zeros(outs, ins)) for _ in range(2)]
@@ -93,7 +102,7 @@ def _closed(block: nn.Module, inputs: list[Any], targets: list[Tensor], site: An
     del halves, more, other
     change = _regression(gram, missing).mul_(share)
     tokens = sum(t.shape[:-1].numel() for t in targets)
-    return quantize(site.op.weight.value() + change, site.format, Form.of(gram / tokens))
+    return site.op.weight.value() + change, Form.of(gram / tokens)
 
 
 def _share(halves: list[tuple[Tensor, Tensor]]) -> float:
