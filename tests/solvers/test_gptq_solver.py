@@ -90,16 +90,17 @@ def test_what_saw_nothing_or_is_not_solved_for_is_rounded_and_the_log_says_so(ca
     assert "float type" in caplog.text
 
 
-def test_the_last_op_makes_good_what_was_lost_before_it(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_last_op_makes_good_what_was_lost_before_it(tmp_path, dtype):
     """A block that is fed what it would not be in the float model comes nearer to what it gives there."""
-    model = models.load(folder(tmp_path / "m", "llama")).model
+    model = models.load(folder(tmp_path / "m", "llama"), dtype).model
     prefix, block = models.blocks(model)[0]
     stream = data.batches(TEXT, 1, seed=0, pad_token_id=0)
     found = feed.Feed(model, [block], [next(stream) for _ in range(8)])
     names = [n for n, _ in ops(model) if n.startswith(prefix)]
     targets = found.run(0)
     g = torch.Generator().manual_seed(0)
-    turn = torch.randn(targets[0].shape[-1], targets[0].shape[-1], generator=g) * 0.02
+    turn = (torch.randn(targets[0].shape[-1], targets[0].shape[-1], generator=g) * 0.02).to(dtype)
     found.states = [x + x @ turn for x in found.states]
     with feed.watching(dict(ops(model)), names, "gram") as seen:
         found.run(0)
@@ -110,6 +111,7 @@ def test_the_last_op_makes_good_what_was_lost_before_it(tmp_path):
         sites = {n: Site(op, parse("int8-g32"), told[n], n == closing) for n, op in ops(model) if n in names}
         before = {n: sites[n].op.weight.value().clone() for n in names}
         for n, q in gptq.solve(block, found.calls(0), targets, sites).items():
+            assert q.dtype == dtype
             sites[n].op.weight.store(q.dequantize())
         lost = sum((y - t).square().sum().item() for y, t in zip(found.run(0), targets, strict=True))
         for n, w in before.items():

@@ -219,7 +219,7 @@ def mse(rows: Tensor, f: Format, weight: Tensor | None = None) -> Found:
 
 def weighted(rows: Tensor, f: Format, weight: Tensor | None = None) -> Found:
     """As mse, each squared error times |w|: large weights matter more than their number, and plain least squares
-    clips them. The best that costs no data for symmetric integers of up to 4 bits (benchmarks/searches.py)."""
+    clips them. The best that costs no data for symmetric integers of up to 4 bits (see benchmarks/README.md)."""
     return mse(rows, f, rows.abs() if weight is None else rows.abs() * weight)
 
 

@@ -102,7 +102,8 @@ def _closed(block: nn.Module, inputs: list[Any], targets: list[Tensor], site: An
     del halves, more, other
     change = _regression(gram, missing).mul_(share)
     tokens = sum(t.shape[:-1].numel() for t in targets)
-    return site.op.weight.value() + change, Form.of(gram / tokens)
+    w = site.op.weight.value()
+    return (w + change).to(w.dtype), Form.of(gram / tokens)
 
 
 def _share(halves: list[tuple[Tensor, Tensor]]) -> float:
