@@ -73,9 +73,11 @@ class Feed:
                 hook.remove()
         if not used:
             return None
-        handle = inside[used[-1]].register_forward_hook(
-            lambda m, args, out: out + y.reshape(out.shape) if out.numel() == y.numel() else out
-        )
+
+        def more(module: nn.Module, args: Any, out: Any) -> Tensor:
+            return out + y.reshape(out.shape) if out.numel() == y.numel() else out
+
+        handle = inside[used[-1]].register_forward_hook(more)
         try:
             doubled = call(block)
         finally:
