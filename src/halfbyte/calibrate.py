@@ -18,7 +18,7 @@ from halfbyte.models import blocks
 from halfbyte.qtensor import QTensor
 from halfbyte.solvers import SOLVERS, Moments, Site, Solver
 
-__all__ = ["IN_MEMORY", "Store", "finite", "freeze", "moments"]
+__all__ = ["IN_MEMORY", "TOGETHER", "Store", "finite", "freeze", "moments"]
 
 
 class Store(Protocol):
@@ -56,6 +56,7 @@ class InMemory:
 
 
 IN_MEMORY = InMemory()
+TOGETHER = 4  # rows of text that go through a block at a time
 
 
 def freeze(
@@ -102,7 +103,7 @@ def freeze(
                 given = feed.targets(i) if prefix and feed.apart else None
                 if codes is None and prefix and solver.needs_data and use.uses == "gram":
                     closing = feed.closing(i, inside)
-                if codes is None or given is None:
+                if codes is None or (prefix and given is None):
                     with watching(inside, [n for n in names if n != closing], use.uses) as seen:
                         outputs = feed.run(i) if prefix else feed.rest()
                     given, told = given or outputs, seen.moments()

@@ -8,15 +8,15 @@ from math import prod
 
 from torch import nn
 
+from halfbyte import calibrate
 from halfbyte.models import blocks
 from halfbyte.plan import Entry, totals
-from halfbyte.solvers import Solver
+from halfbyte.solvers import Solver, gptq
 
 PROCESS = 500_000_000  # bytes of a process that has read a model's tokenizer and none of its weights; measured
-ROWS_TOGETHER = 4  # rows of text that go through a block at a time
 _FLOAT = 4  # bytes: what is computed is float32
 _LEARNED = 10  # tensors of a weight's size while it is learned: numbers, codes, gradient, Adam's moments ...
-_EXACT, _FORM, _LARGE_FORM = 4096, 24, 16  # inputs up to which a Hessian is factored in float64, and bytes an element
+_FORM, _LARGE_FORM = 24, 16  # bytes an element of a Hessian while it is factored, in float64 or in float32
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ def _held(part: list[Entry], solver: Solver, rows: int, length: int) -> int:
     held += sum(e.bytes_before for e in made)  # what the codes stand for, while the block's last weight is found
     held += sum(n * n for _, n in fed) * _FLOAT
     states = 3 * rows * length * min(inputs) * _FLOAT  # of the float model, of the quantized one, and what comes next
-    passing = ROWS_TOGETHER * length * sum(outputs) * _FLOAT
+    passing = calibrate.TOGETHER * length * sum(outputs) * _FLOAT
     n = max(inputs)
-    solving = n * n * (_FORM if n <= _EXACT else _LARGE_FORM) + 2 * largest
+    solving = n * n * (_FORM if n <= gptq.EXACT else _LARGE_FORM) + 2 * largest
     if solver.learns:
         learning = sum(e.parameters for e in made) * _LEARNED * _FLOAT + 2 * passing
         solving = max(solving, learning)

@@ -36,8 +36,8 @@ def command(
     entries = plan(loaded.model, scheme)
     readers = export.readers(loaded, entries)
     n, before, after = totals(entries)
-    as_gguf = isinstance(scheme, Mix)
-    takes = needs.needs(loaded.model, entries, by, samples or ROWS, max_length, as_gguf)
+    text_rows = samples or ROWS
+    takes = needs.needs(loaded.model, entries, by, text_rows, max_length, as_gguf=isinstance(scheme, Mix))
     if json:
         rows = [
             {"name": e.name, "shape": e.shape, "before": e.before, "after": e.after.name if e.after else e.before,
@@ -50,7 +50,7 @@ def command(
     else:
         print(f"{model} -> {scheme.name}:")
         show_plan(entries, print)
-        text = f" on {samples or ROWS} rows of a file's text" if by.needs_data else ""
+        text = f" on {text_rows} rows of a file's text" if by.needs_data else ""
         memory, disk = f"{takes.memory / 1e9:.1f} GB of memory", f"{takes.disk / 1e6:.1f} MB of disk"
         print(f"  by {by.name}{text}: about {memory}, {disk} while it runs")
         _show_readers(readers)

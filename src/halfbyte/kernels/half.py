@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -27,6 +27,6 @@ def few_bits(formats: Iterable[Format]) -> bool:
 
 
 def half_products(on: bool) -> AbstractContextManager[Any]:
-    """Inside, torch multiplies floats in bfloat16."""
+    """Inside, torch multiplies floats in bfloat16, if `on`."""
     # weights change all the time, and torch would keep every one that it cast
-    return torch.autocast("cpu", torch.bfloat16, enabled=on, cache_enabled=False)
+    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if on else nullcontext()

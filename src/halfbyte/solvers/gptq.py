@@ -22,7 +22,7 @@ DAMPING = 0.01  # of the mean of H's diagonal, added to it
 RIDGE = 0.03  # likewise, where it is told from inputs what a block is short of
 ROUNDS = 2
 _ELEMENTS = 1 << 24  # of the rows that are solved at a time, and of the largest temporary while scales are fitted
-_EXACT = 4096  # inputs up to which H is factored in float64; above it, that would take the most memory of all
+EXACT = 4096  # inputs up to which H is factored in float64; above it, that would take the most memory of all
 _log = logging.getLogger("halfbyte")
 
 
@@ -120,10 +120,8 @@ def _share(halves: list[tuple[Tensor, Tensor]]) -> float:
 
 def _regression(gram: Tensor, missing: Tensor) -> Tensor:
     """Of what is missing on inputs, from sums over tokens: (out, in), with a ridge."""
-    h = gram.double() if len(gram) <= _EXACT else gram.clone()
-    d = h.diagonal()
-    mean = d.mean()
-    d += RIDGE * mean + (0 if mean > 0 else 1)
+    h = gram.double() if len(gram) <= EXACT else gram.clone()
+    _damp(h, RIDGE)
     torch.linalg.cholesky(h, out=h)
     return torch.cholesky_solve(missing.T.to(h.dtype), h).T.float()
 
@@ -142,18 +140,23 @@ class Form:
     def of(cls, gram: Tensor, damping: float = DAMPING) -> Form:
         """Of the mean of x x^T, (in, in)."""
         h = gram.float().clone()
-        d = h.diagonal()
-        mean = d.mean()
-        d += damping * mean + (0 if mean > 0 else 1)
-        order = d.argsort(descending=True)
+        order = _damp(h, damping).argsort(descending=True)
         return cls(h, order, _factor(h, order))
+
+
+def _damp(h: Tensor, share: float) -> Tensor:
+    """Adds to h's diagonal that share of its mean, or 1 where all inputs were 0; gives the diagonal back."""
+    d = h.diagonal()
+    mean = d.mean()
+    d += share * mean + (0 if mean > 0 else 1)
+    return d
 
 
 def _factor(h: Tensor, order: Tensor) -> Tensor:
     """See Form. With R the other way round R H R = C C^T, so that L = R C^-T R: H is not inverted."""
     backward = order.flip(0)
     c = h[backward[:, None], backward]
-    c = c.double() if len(h) <= _EXACT else c
+    c = c.double() if len(h) <= EXACT else c
     torch.linalg.cholesky(c, out=c)
     inverse = torch.eye(len(c), dtype=c.dtype)
     torch.linalg.solve_triangular(c, inverse, upper=False, out=inverse)

@@ -16,7 +16,6 @@ from halfbyte.solvers import solver
 from halfbyte.steps.step import Positive, Step, is_word, pad_id, read
 from halfbyte.transforms import Target, transform
 
-TOGETHER = 4  # rows that go through a block at a time
 ROWS = 32  # of calibration text, where it is a file or records
 
 
@@ -173,8 +172,9 @@ class Freeze(Calibrated):
         squares = None if self.imatrix is None else models.importance(run.model, self.imatrix)
         rows = self._rows(run)
         told = {k: f for k, f in (("on_block", self.on_block), ("on_batch", self.on_batch)) if f is not None}
+        batches = None if rows is None else data.stacked(self._batches(run, rows), calibrate.TOGETHER)
         freeze(
-            run, chosen, by, None if rows is None else data.stacked(self._batches(run, rows), TOGETHER), keep=self.keep,
+            run, chosen, by, batches, keep=self.keep,
             inputs=self.inputs, squares=squares, store=self._store(run, chosen, by, rows), **told,
         )  # fmt: skip
 
