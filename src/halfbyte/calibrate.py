@@ -102,7 +102,8 @@ def freeze(
             with store.passing():
                 given = feed.targets(i) if prefix and feed.apart else None
                 if codes is None and prefix and solver.needs_data and use.uses == "gram":
-                    closing = feed.closing(i, inside)
+                    last = feed.closing(i)
+                    closing = last and f"{prefix}.{last}"
                 if codes is None or (prefix and given is None):
                     with watching(inside, [n for n in names if n != closing], use.uses) as seen:
                         outputs = feed.run(i) if prefix else feed.rest()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.data import Batch
+from halfbyte.kernels import second_moments
 from halfbyte.layers import Linear, ops
 from halfbyte.solvers import Call, Moments
 
@@ -32,6 +33,7 @@ class Feed:
     def __init__(self, model: nn.Module, blocks: list[nn.Module], batches: list[Batch]) -> None:
         self._model, self._blocks, self._batches = model, blocks, batches
         self.half = False
+        self._closing: dict[tuple[Any, ...], str | None] = {}
         self._calls: list[list[Call]] = [[] for _ in blocks]
         self._width = self._outputs()
         with self._empty(self._note):
@@ -60,11 +62,17 @@ class Feed:
     def _on(self, i: int, states: list[Tensor]) -> list[Call]:
         return [replace(call, x=x, half=self.half) for call, x in zip(self._calls[i], states, strict=True)]
 
+    def closing(self, i: int) -> str | None:
+        """Of block i's ops the one that is used last, by its name inside the block, if adding to what it gives adds as
+        much to what the block gives. None otherwise, as where a norm follows. Of blocks built alike, one is tried."""
+        built = tuple((name, type(m)) for name, m in self._blocks[i].named_modules())
+        if built not in self._closing:
+            self._closing[built] = self._tried(self._blocks[i], self.calls(i)[0])
+        return self._closing[built]
+
     @torch.no_grad()
-    def closing(self, i: int, inside: Mapping[str, nn.Module]) -> str | None:
-        """Of block i's ops the one that is used last, if adding to what it gives adds as much to what the block gives.
-        None otherwise, as where a norm follows."""
-        call, block, used = self.calls(i)[0], self._blocks[i], []
+    def _tried(self, block: nn.Module, call: Call) -> str | None:
+        inside, used = dict(ops(block)), []
         hooks = [op.register_forward_pre_hook(lambda m, args, n=name: used.append(n)) for name, op in inside.items()]
         try:
             y = call(block)
@@ -157,7 +165,7 @@ class _Seen:
         if name not in self.sums:
             self.sums[name] = rows.new_zeros((rows.shape[1],) * (1 + self.gram))
         if self.gram:
-            self.sums[name].addmm_(rows.T, rows)
+            second_moments.add(self.sums[name], rows)
         else:
             self.sums[name] += rows.square().sum(0)
         self.count[name] = self.count.get(name, 0) + len(rows)
@@ -166,6 +174,7 @@ class _Seen:
         """By op's name; what was fed nothing is left out. Ends the sums."""
         own = {}
         for name, total in self.sums.items():
+            total = second_moments.mirror(total) if self.gram else total
             total /= max(1, self.count[name])
             own[name] = Moments(total.diagonal().clone(), total) if self.gram else Moments(total)
         return own | {name: own[owner] for name, owner in self._same.items()}

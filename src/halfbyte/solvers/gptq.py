@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.formats import Format
-from halfbyte.kernels import proxy
+from halfbyte.kernels import proxy, second_moments
 from halfbyte.qtensor import QParams, QTensor, grid_values
 from halfbyte.solvers import rtn
 
@@ -91,10 +91,12 @@ def _closed(block: nn.Module, inputs: list[Any], targets: list[Tensor], site: An
             e = (target - call(block)).flatten(0, -2).float().tensor_split(2)
             x = fed.pop().flatten(0, -2).float().tensor_split(2)
             for (gram, missing), e_part, x_part in zip(halves, e, x, strict=True):
-                gram.addmm_(x_part.T, x_part)
+                second_moments.add(gram, x_part)
                 missing.addmm_(e_part.T, x_part)
     finally:
         handle.remove()
+    for gram, _ in halves:
+        second_moments.mirror(gram)
     share = _share(halves)
     (gram, missing), (more, other) = halves
     gram += more
@@ -119,11 +121,11 @@ def _share(halves: list[tuple[Tensor, Tensor]]) -> float:
 
 
 def _regression(gram: Tensor, missing: Tensor) -> Tensor:
-    """Of what is missing on inputs, from sums over tokens: (out, in), with a ridge."""
-    h = gram.double() if len(gram) <= EXACT else gram.clone()
+    """Of what is missing on inputs, from sums over tokens: (out, in), with a ridge, which leaves float32 enough."""
+    h = gram.clone()
     _damp(h, RIDGE)
     torch.linalg.cholesky(h, out=h)
-    return torch.cholesky_solve(missing.T.to(h.dtype), h).T.float()
+    return torch.cholesky_solve(missing.T, h).T
 
 
 @dataclass(frozen=True)
@@ -209,8 +211,8 @@ def _least_squares(w: Tensor, v: Tensor, added: bool, h: Tensor) -> Tensor:
     rows, groups, n = v.shape
     basis = [v, torch.ones_like(v)] if added else [v]
     k = groups * len(basis)
-    hv = torch.stack([torch.einsum("rgn,gni->rgi", b, h.reshape(groups, n, -1)) for b in basis], 1)
-    hv = hv.reshape(rows, k, groups, n)
+    parts = [torch.einsum("rgn,gni->rgi", b, h.reshape(groups, n, -1)) for b in basis]
+    hv = (torch.stack(parts, 1) if added else parts[0]).reshape(rows, k, groups, n)
     a = torch.stack([(hv * b[:, None]).sum(-1) for b in basis], 2).reshape(rows, k, k).double()
     b = (hv.reshape(rows, k, -1) @ w[:, :, None])[..., 0].double()
     diagonal = a.diagonal(dim1=1, dim2=2)
