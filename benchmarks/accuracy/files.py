@@ -26,7 +26,7 @@ from halfbyte.models import gguf, gguf_saving
 
 MIXES = "Q8_0,Q5_K_M,Q4_K_M,Q4_K_S,Q3_K_M,Q4_0,Q2_K"
 IK_MIXES = "Q5_K_M,Q4_K_M,IQ4_K,Q3_K_M,IQ4_KS,IQ4_KT,IQ3_K,IQ2_K"
-SIZES = "144.8,117,112.1,105.5,102,93.5,91.7,88.2,85.1,80"  # MB
+SIZES = "144.810976,117,112.103392,105.454048,102.03952,93.510112,91.726816,88.201696,85.1,80"  # MB: those of the mixes
 
 _kept: list[Any] = []  # the callback that keeps llama.cpp quiet: it must outlive the call
 
@@ -122,7 +122,7 @@ def by_size(setting: Setting, sizes: str, text: str, solver: str) -> Iterator[Wr
     for size in filter(None, sizes.split(",")):
         scheme = costs.within(int(float(size) * 1e6)).scheme
         yield Written(
-            f"{size} MB", f"halfbyte, bits chosen, {solver}", text,
+            f"{float(size):g} MB", f"halfbyte, bits chosen, {solver}", text,
             lambda s, o, c=scheme: ours(s, o, c, solver=solver, calibration=rows, samples=len(rows)),
         )  # fmt: skip
 
