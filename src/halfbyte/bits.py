@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from halfbyte.footprint import Footprint, footprint, usual
 from halfbyte.formats import Format, parse
 from halfbyte.layers import ops
 from halfbyte.models import Loaded
-from halfbyte.run import Run, dequantize
+from halfbyte.run import Run, dequantize, sharing
 from halfbyte.scheme import SCHEMES, Rule, Scheme
 from halfbyte.solvers import solver
 from halfbyte.steps import Calibrated, Freeze, check_length, is_word, read
@@ -221,13 +220,6 @@ class Climb:
         self.tries.append(replace(found, run=self.run))  # its codes are held no longer than they are needed
         self.on_try(found)
         return found
-
-
-def sharing(run: Run) -> Run:
-    """A run whose floats are the same tensors, so that its codes are all that it adds."""
-    same: dict[int, Any] = {id(p): p for p in run.model.parameters()}
-    loaded = replace(run.loaded, model=copy.deepcopy(run.model, same))
-    return replace(run, loaded=loaded, notes=dict(run.notes), rows=[], masters={})
 
 
 def floats(run: Run) -> Run:

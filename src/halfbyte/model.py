@@ -26,8 +26,10 @@ class Model(Run):
         return self.apply(Freeze(scheme=to, group_size=group_size, **options))
 
     def train(self, data: Any, method: str = "lora", to: str | None = None, **options: Any) -> Model:
-        """Fine-tunes on a file or records by a method of recipe.METHODS; options: those of Train and Adapt."""
-        return self.apply(*recipe.method_steps(method, to, {"data": data, **options}))
+        """Fine-tunes on a file or records by a method of recipe.METHODS; options: those of Train and Adapt,
+        init (the solver that codes begin from) and teacher (a MODEL that loss="kl" holds it to)."""
+        begins = {k: options.pop(k) for k in ("init", "teacher") if k in options}
+        return self.apply(*recipe.method_steps(method, to, {"data": data, **options}, **begins))
 
     def merge(self, to: str | None = None) -> Model:
         """Folds adapters in; `to` quantizes the result (a run trained through a grid takes its own)."""

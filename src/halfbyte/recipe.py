@@ -14,44 +14,81 @@ from halfbyte.errors import InputError
 from halfbyte.folders import check_free, whole
 from halfbyte.layers import weights
 from halfbyte.run import Run, load, to_scheme
-from halfbyte.steps import STEPS, Adapt, Dequantize, Freeze, Grid, Merge, Step, Train, checked, read
+from halfbyte.solvers import solver
+from halfbyte.steps import STEPS, Adapt, Dequantize, Freeze, Grid, Merge, Step, Teacher, Train, checked, read
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a method is made from. to: its scheme. init: the solver that its codes begin from. teacher: a MODEL that
+    the loss holds it to, instead of what it was itself. train, adapt: settings of Train and of Adapt."""
+
+    to: Any
+    init: str
+    teacher: str | None
+    train: dict[str, Any]
+    adapt: dict[str, Any]
+
+    def taught(self, keep: bool) -> list[Step]:
+        """What goes before the step that changes the weights, where the loss needs a teacher."""
+        return [] if self.train.get("loss", "ce") == "ce" else [Teacher(model=self.teacher, keep=keep)]
+
+    def codes(self) -> Freeze:
+        """By a solver, on what is trained on, if it needs text."""
+        text = {k: self.train[k] for k in ("max_length",) if k in self.train}
+        source = self.train.get("data") if solver(self.init).needs_data else "none"
+        return Freeze(scheme=self.to, solver=self.init, calibration=source, **text)
 
 
 @dataclass(frozen=True)
 class Method:
-    """steps: from a scheme and the settings of Train and of Adapt to a list of steps. needs_scheme: whether it
-    needs --to. adapts: whether it takes Adapt's settings."""
+    """needs_scheme: whether it needs --to. adapts: whether it takes Adapt's settings. quantizes: whether its loss may
+    be what quantizing changed. begins: whether its codes can be a solver's."""
 
-    steps: Callable[[Any, dict[str, Any], dict[str, Any]], list[Step]]
+    steps: Callable[[Given], list[Step]]
     needs_scheme: bool = False
     adapts: bool = False
+    quantizes: bool = False
+    begins: bool = False
 
 
 METHODS: dict[str, Method] = {
-    "full": Method(lambda to, train, adapt: [Dequantize(), Train(**train)]),
-    "lora": Method(lambda to, train, adapt: [Adapt(**adapt), Train(**train)], adapts=True),
-    "qlora": Method(  # onto codes that are there already, or NF4
-        lambda to, train, adapt: [_freeze(to or "NF4", to is None), Adapt(**adapt), Train(**train)],
+    "full": Method(lambda g: [Dequantize(), Train(**g.train)]),
+    "lora": Method(lambda g: [Adapt(**g.adapt), Train(**g.train)], adapts=True),
+    "qlora": Method(  # onto codes that are there already, or NF4; by rounding: an adapter's folder holds no codes
+        lambda g: [
+            Freeze(scheme=g.to or "NF4", keep=g.to is None, calibration="none"), Adapt(**g.adapt), Train(**g.train),
+        ],
         adapts=True,
     ),
     "qat": Method(
-        lambda to, train, adapt: [Dequantize(), Grid(scheme=to), Train(**train), Freeze()], needs_scheme=True
+        lambda g: [Dequantize(), *g.taught(keep=True), Grid(scheme=g.to), Train(**g.train), Freeze()],
+        needs_scheme=True,
+        quantizes=True,
     ),
     "qat-lora": Method(
-        lambda to, train, adapt: [Dequantize(), Grid(scheme=to), Adapt(**adapt), Train(**train)],
+        lambda g: [Dequantize(), *g.taught(keep=False), Grid(scheme=g.to), Adapt(**g.adapt), Train(**g.train)],
         needs_scheme=True,
         adapts=True,
+        quantizes=True,
     ),
-    "scales": Method(lambda to, train, adapt: [_freeze(to), Train(**train)], needs_scheme=True),
-}
+    "scales": Method(
+        lambda g: [*g.taught(keep=False), g.codes(), Train(**g.train)],
+        needs_scheme=True,
+        quantizes=True,
+        begins=True,
+    ),
+}  # fmt: skip
 
 
-def _freeze(to: Any, keep: bool = False) -> Freeze:
-    """By rounding alone: an adapter's folder has no place for what is found on text."""
-    return Freeze(scheme=to, keep=keep, calibration="none")
-
-
-def method_steps(method: str, to: Any, train: Mapping[str, Any], adapt: Mapping[str, Any] | None = None) -> list[Step]:
+def method_steps(
+    method: str,
+    to: Any,
+    train: Mapping[str, Any],
+    adapt: Mapping[str, Any] | None = None,
+    init: str = "rtn",
+    teacher: str | None = None,
+) -> list[Step]:
     """The steps of a method. `train` may hold Adapt's keys too (r, lora_alpha ...). Raises InputError."""
     if method not in METHODS:
         raise InputError(f"--method {method}: it is {', '.join(METHODS)}.")
@@ -61,11 +98,21 @@ def method_steps(method: str, to: Any, train: Mapping[str, Any], adapt: Mapping[
     if to is not None and method in ("full", "lora"):
         name = to_scheme(to).name
         raise InputError(f"--method {method} takes no --to: it quantizes nothing. Train, then merge --to {name}.")
+    solver(init)
+    if init != "rtn" and not made.begins:
+        takes = ", ".join(n for n, m in METHODS.items() if m.begins)
+        raise InputError(f"--init {init}: codes to begin from are for --method {takes}.")
     own = {k: v for k, v in train.items() if k in Train.model_fields}
+    loss = own.get("loss", "ce")
+    if loss != "ce" and not made.quantizes:
+        takes = ", ".join(n for n, m in METHODS.items() if m.quantizes)
+        raise InputError(f"--loss {loss} holds a model to what it was before it was quantized: for --method {takes}.")
+    if teacher is not None and loss == "ce":
+        raise InputError(f"--teacher {teacher}: the loss asks no teacher; add --loss kl or --loss both.")
     rest = {**{k: v for k, v in train.items() if k not in own}, **(adapt or {})}
     if rest and not made.adapts:
         raise InputError(f"method {method} does not take {', '.join(rest)}.")
-    return made.steps(to, own, rest)
+    return made.steps(Given(to, init, teacher, own, rest))
 
 
 def merge_steps(
@@ -99,6 +146,8 @@ class _Fields(BaseModel):
     to: Any = None
     train: dict[str, Any] = {}
     adapt: dict[str, Any] = {}
+    init: str = "rtn"
+    teacher: str | None = None
 
 
 @dataclass
@@ -164,7 +213,7 @@ def read_recipe(path: str | Path) -> Recipe:
 
 def parse_recipe(raw: Any, where: str = "") -> Recipe:
     """A recipe from a mapping: model, output, seed, dtype, and either `steps` (a list of one-key mappings, step to
-    its settings) or `method` with `to`, `train` and `adapt`. Raises InputError."""
+    its settings) or `method` with `to`, `train`, `adapt`, `init` and `teacher`. Raises InputError."""
     known = _Fields.model_fields
     if not isinstance(raw, Mapping) or "model" not in raw:
         raise InputError(f"{where}a recipe is a mapping with a model and steps, or a method.")
@@ -175,7 +224,9 @@ def parse_recipe(raw: Any, where: str = "") -> Recipe:
     given: _Fields = _named(lambda: checked(lambda: _Fields(**raw)), where)
     if given.method is not None:
         to = None if given.to is None else _named(lambda: to_scheme(given.to), f"{where}to: ")
-        steps = _named(lambda: method_steps(str(given.method), to, given.train, given.adapt), where)
+        steps = _named(
+            lambda: method_steps(str(given.method), to, given.train, given.adapt, given.init, given.teacher), where
+        )
     else:
         steps = [_step(item, f"{where}steps[{i}]: ") for i, item in enumerate(given.steps or [])]
     if not steps:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ class Run:
     """loaded: the model and what belongs to it. notes: what was done, kept as halfbyte.json beside the result.
     log: of the last training. rows: the ledger so far, (stage, figures). files: what it was read from.
     checkpoint: the folder where training, or quantizing, keeps its state, and goes on from what is there. from_disk:
-    whether weights are read when they are needed. masters: floats that were trained and then made codes."""
+    whether weights are read when they are needed. masters: floats that were trained and then made codes. teacher: a
+    model whose predictions training may be held to."""
 
     loaded: Loaded
     seed: int = 0
@@ -47,6 +49,7 @@ class Run:
     checkpoint: Path | None = None
     from_disk: bool = False
     masters: dict[str, Tensor] = field(default_factory=dict)
+    teacher: Any = field(default=None, repr=False)
     rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
     @property
@@ -282,6 +285,13 @@ def freeze(
         run.read_weights()
         observe.observe(run.model, observed, batches, inputs, on_batch)
         run.notes["input_search"] = inputs
+
+
+def sharing(run: Run) -> Run:
+    """A run whose floats are the same tensors, so that its codes are all that it adds."""
+    same: dict[int, Any] = {id(p): p for p in run.model.parameters()}
+    loaded = replace(run.loaded, model=copy.deepcopy(run.model, same))
+    return replace(run, loaded=loaded, notes=dict(run.notes), rows=[], masters={}, teacher=None)
 
 
 def check_static(chosen: Scheme | Mix, text: Any) -> None:

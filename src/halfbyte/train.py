@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from halfbyte import distill
 from halfbyte.data import Batch
 from halfbyte.errors import Diverged, InputError
 
@@ -147,12 +148,8 @@ class Masters:
 
 def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     """Cross-entropy summed over the batch's targets, in float32; the logits of other positions are not kept."""
-    if batch.labels.ndim == 1:
-        return F.cross_entropy(model(**batch.inputs).logits.float(), batch.labels, reduction="sum")
-    logits = model(**batch.inputs).logits[:, :-1]
-    labels = batch.labels[:, 1:]
-    wanted = labels != -100
-    return F.cross_entropy(logits[wanted].float(), labels[wanted], reduction="sum")
+    logits, labels = distill.targets(model, batch)
+    return F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
 def train(
@@ -160,6 +157,7 @@ def train(
     stream: Iterator[Batch],
     args: TrainingArguments,
     *,
+    loss_of: Callable[[nn.Module, Batch], Tensor] = loss_sum,
     begun: State | None = None,
     on_step: Callable[[dict[str, float]], None] = lambda row: None,
     evaluate: Callable[[], float] | None = None,
@@ -168,8 +166,9 @@ def train(
     """Trains what requires a gradient, on `args.steps` steps of batches from an endless stream, in place.
 
     A step's loss is the mean over the targets of all its accumulated batches, each target counting the same.
-    begun: where an interrupted run goes on; the stream must start there too. on_step sees each row of the curve;
-    evaluate gives a held-out loss every `eval_steps`; save gets the state every `save_steps`.
+    loss_of: what is made small: of a batch the sum over its targets. begun: where an interrupted run goes on; the
+    stream must start there too. on_step sees each row of the curve; evaluate gives a held-out loss every `eval_steps`;
+    save gets the state every `save_steps`.
     Raises InputError if nothing is trainable, Diverged if the loss or gradient is not finite.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -191,7 +190,7 @@ def train(
         targets = sum(b.targets for b in batches)
         loss = 0.0
         for batch in batches:
-            part = loss_sum(model, batch) / targets
+            part = loss_of(model, batch) / targets
             part.backward()
             loss += part.item()
         if not math.isfinite(loss):

@@ -23,40 +23,44 @@ def moved(t: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
 class Codes(nn.Module):
     """A QTensor held by a module: parts are buffers that move with the model and keep their dtype.
 
-    With `learn`, the scale is a float32 Parameter; what is used and saved is its rounding to the scale's own
-    dtype, so that the file is what was trained. Raises InputError where the scales are themselves quantized.
+    With `learn`, the scale, and a zero that is a float, are float32 Parameters; what is used and saved is their
+    rounding to the dtypes they had, so that the file is what was trained. Raises InputError where the scales are
+    themselves quantized.
     """
 
     def __init__(self, q: QTensor, learn: bool = False) -> None:
         super().__init__()
         tensors = q.tensors()
         self._names = {name: name.replace(".", "_") for name in tensors}
+        self._dtypes: dict[str, torch.dtype] = {}  # of what is learned
         for name, part in tensors.items():
             self.register_buffer(self._names[name], part.detach())
         if learn:
-            scale = q.parts["scale"]
-            if isinstance(scale, QTensor):
+            if isinstance(q.parts["scale"], QTensor):
                 raise InputError(f"{q.format}: its scales are quantized themselves and cannot be trained.")
-            self._scale_dtype = scale.dtype
-            del self._buffers["scale"]
-            self.scale = nn.Parameter(scale.float())
+            for name in ("scale", "zero"):
+                part = tensors.get(name)
+                if part is not None and part.is_floating_point():
+                    self._dtypes[name] = part.dtype
+                    del self._buffers[name]
+                    self.register_parameter(name, nn.Parameter(part.float()))
         self._q = q.with_tensors(tensors)
         self._held: tuple[tuple[str, Tensor], ...] = ()
 
     @property
     def learned(self) -> bool:
-        return "scale" in self._parameters
+        return bool(self._dtypes)
 
     @property
     def q(self) -> QTensor:
         """The QTensor around the module's present tensors: the same one as long as they are, so that a kernel may
-        lay it out; differentiable in a learned scale."""
+        lay it out; differentiable in what is learned."""
         buffers = self._buffers
         if self._held and all(buffers.get(name) is t for name, t in self._held):
             return self._q
         tensors = {name: getattr(self, attribute) for name, attribute in self._names.items()}
         if self.learned:
-            tensors["scale"] = tensors["scale"].to(self._scale_dtype)
+            tensors |= {name: tensors[name].to(dtype) for name, dtype in self._dtypes.items()}
             return self._q.with_tensors(tensors)
         self._q = self._q.with_tensors(tensors)
         self._held = tuple((self._names[name], t) for name, t in tensors.items())

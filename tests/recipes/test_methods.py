@@ -103,6 +103,55 @@ def test_the_same_seed_gives_the_same_model(llama, method):
     assert torch.equal(first, second)
 
 
+# ---- distillation, and codes that a solver began
+
+
+def far(made, base):
+    """KL from the float model, on what is trained on."""
+    return made.evaluate(TEXT, against=str(base)).kl_mean
+
+
+@pytest.mark.parametrize("method", ["qat", "qat-lora", "scales"])
+@pytest.mark.parametrize("loss", ["kl", "both"])
+def test_a_method_is_held_to_the_float_model(llama, method, loss):
+    before = load(llama).quantize("int3-g32")
+    made = trained(llama, method, "int3-g32", loss=loss, steps=30, learning_rate=3e-3)
+    assert made.teacher is not None
+    assert made.notes["training"]["loss"] == loss
+    if loss == "kl":
+        assert far(made, llama) < 0.8 * far(before, llama)
+
+
+def test_scales_go_on_from_a_solvers_codes(tmp_path, llama):
+    made = trained(llama, "scales", "int3-g32", init="gptq", loss="kl", learning_rate=1e-4)
+    codes = {n: w.stored.q.codes for n, w in weights(made.model).items() if isinstance(w.stored, Codes)}
+    rounded = {n: w.stored.q.codes for n, w in weights(load(llama).quantize("int3-g32").model).items() if n in codes}
+    assert any(not torch.equal(c, rounded[n]) for n, c in codes.items())
+    assert made.notes["solver"] == "gptq"
+    again = run.load(saved(made, tmp_path / "out"))
+    assert torch.equal(logits(again.model), logits(made.model))
+
+
+def test_zeros_that_are_floats_learn_too(llama):
+    to = "uint4-g32-affine"
+    before = {n: w.stored.q for n, w in weights(load(llama).quantize(to).model).items() if isinstance(w.stored, Codes)}
+    after = weights(trained(llama, "scales", to, steps=5).model)
+    assert before
+    for name, q in before.items():
+        now = after[name].stored.q
+        assert torch.equal(now.codes, q.codes)
+        assert not torch.equal(now.parts["zero"], q.parts["zero"])
+        assert now.parts["zero"].dtype == q.parts["zero"].dtype
+
+
+def test_codes_that_are_there_are_held_to_another_model(tmp_path, llama):
+    before = load(llama).quantize("int3-g32", solver="gptq", calibration=TEXT)
+    path = saved(before, tmp_path / "codes")
+    made = trained(path, "scales", "int3-g32", loss="kl", teacher=str(llama), steps=20, learning_rate=1e-3)
+    assert made.notes["teacher"] == str(llama)
+    assert far(made, llama) < far(before, llama)
+
+
 # ---- full
 
 

@@ -41,6 +41,9 @@ def command(
     completion_only_loss: Annotated[bool, typer.Option(help="Prompts are read, not learnt.")] = True,
     assistant_only_loss: Annotated[bool, typer.Option(help="Only the assistant's turns are learnt.")] = True,
     lr: Annotated[float | None, typer.Option(help="2e-4 adapters, 2e-5 full, 1e-5 qat, 1e-4 scales.")] = None,
+    loss: Annotated[str, typer.Option(help="ce: the text's; kl: from the model as it was; or both.")] = "ce",
+    teacher: Annotated[str | None, typer.Option(help="A MODEL that --loss kl holds it to instead.")] = None,
+    init: Annotated[str, typer.Option(help="The solver that scales begins from: rtn, hqq, gptq, autoround.")] = "rtn",
     lr_scheduler_type: str = "cosine",
     warmup_ratio: float = 0.03,
     weight_decay: float = 0.0,
@@ -80,7 +83,7 @@ def command(
         "epochs": epochs, "batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps,
         "max_length": max_length, "packing": packing,
         "completion_only_loss": completion_only_loss, "assistant_only_loss": assistant_only_loss,
-        "learning_rate": lr, "lr_scheduler_type": lr_scheduler_type,
+        "learning_rate": lr, "loss": loss, "lr_scheduler_type": lr_scheduler_type,
         "warmup_ratio": warmup_ratio, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm,
         "gradient_checkpointing": gradient_checkpointing, "save_steps": save_steps, "on_start": narrator.begin,
         "on_step": lambda row: narrator.step(row),
@@ -91,7 +94,9 @@ def command(
         "target_modules": target_modules.split(",") if "," in target_modules else _one(target_modules),
         "path": adapter,
     }  # fmt: skip
-    plan = method_steps(method, scheme, settings, adapt if METHODS.get(method, METHODS["lora"]).adapts else None)
+    plan = method_steps(
+        method, scheme, settings, adapt if METHODS.get(method, METHODS["lora"]).adapts else None, init, teacher
+    )
     run = _load(model, data, eval_data, dtype, revision, seed)
     if scheme is not None and method in ("qat", "qat-lora", "scales"):
         run.holds(scheme)  # of qlora's base nothing is left in the result

@@ -6,14 +6,14 @@ from halfbyte.steps.codes import Calibrated, Freeze, Transform
 from halfbyte.steps.measuring import Evaluate
 from halfbyte.steps.step import Positive, Step, check_length, checked, is_word, pad_id, read
 from halfbyte.steps.training import LEARNING_RATES, Train, trainable
-from halfbyte.steps.weights import Adapt, Dequantize, Grid, Merge
+from halfbyte.steps.weights import Adapt, Dequantize, Grid, Merge, Teacher
 
 __all__ = [
     "LEARNING_RATES", "STEPS", "Adapt", "Calibrated", "Dequantize", "Evaluate", "Freeze", "Grid", "Merge", "Positive",
-    "Step", "Train", "Transform", "check_length", "checked", "is_word", "pad_id", "read", "trainable",
+    "Step", "Teacher", "Train", "Transform", "check_length", "checked", "is_word", "pad_id", "read", "trainable",
 ]  # fmt: skip
 
 STEPS: dict[str, type[Step]] = {
     "adapt": Adapt, "dequantize": Dequantize, "grid": Grid, "freeze": Freeze, "merge": Merge, "train": Train,
-    "transform": Transform, "evaluate": Evaluate,
+    "transform": Transform, "teacher": Teacher, "evaluate": Evaluate,
 }  # fmt: skip

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
 from halfbyte import adapters, data, evaluate, layers, resume
+from halfbyte.distill import Distillation
 from halfbyte.errors import InputError
 from halfbyte.run import Run
 from halfbyte.steps.step import Positive, Step, check_length, pad_id, read
-from halfbyte.train import TrainingArguments, train
+from halfbyte.train import TrainingArguments, loss_sum, train
 
+SHARES = {"kl": 1.0, "both": 0.5}  # of the divergence in a loss
 LEARNING_RATES = {"adapters": 2e-4, "stored": 2e-5, "qat": 1e-5, "scales": 1e-4}
 
 
@@ -24,7 +26,8 @@ class Train(Step):
     """Trains adapters if there are any, else scales if the weights are codes, else the whole model.
 
     steps or epochs (3 by default); learning_rate: by what is trained if left out. eval_split takes that share
-    of the records away from training. Text longer than max_length is split.
+    of the records away from training. Text longer than max_length is split. loss: ce, the cross-entropy of the
+    text; kl, the divergence from what the run's teacher predicts; or both, halves of each.
     """
 
     data: Any
@@ -36,6 +39,7 @@ class Train(Step):
     gradient_accumulation_steps: Positive = 1
     max_length: int = 512
     learning_rate: Annotated[float, Field(gt=0)] | None = None
+    loss: Literal["ce", "kl", "both"] = "ce"
     lr_scheduler_type: str = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -63,7 +67,8 @@ class Train(Step):
         notes = {
             "base_sha256": run.loaded.sha256, "dtype": str(run.loaded.config.dtype).removeprefix("torch."),
             "data_sha256": rows.sha256, "data_kind": rows.kind, "data_tokens": rows.tokens, "trained": what,
-            "training": {**vars(args), "batch_size": self.batch_size, "max_length": self.max_length, "seed": run.seed},
+            "training": {**vars(args), "loss": self.loss, "batch_size": self.batch_size, "max_length": self.max_length,
+                         "seed": run.seed},
         }  # fmt: skip
         torch.manual_seed(run.seed)
         where = run.checkpoint
@@ -73,6 +78,7 @@ class Train(Step):
             run.model,
             data.batches(rows, self.batch_size, seed=run.seed, pad_token_id=pad_id(run), start=done),
             args,
+            loss_of=self._loss(run),
             begun=begun,
             on_step=self.on_step or (lambda row: None),
             evaluate=None if held is None else lambda: _held_out_loss(run.model, held),
@@ -83,6 +89,13 @@ class Train(Step):
         for key, source in (("data", self.data), ("eval_data", self.eval_data)):
             if isinstance(source, str | Path):
                 run.notes[key] = str(Path(source).absolute())
+
+    def _loss(self, run: Run) -> Any:
+        if self.loss == "ce":
+            return loss_sum
+        if run.teacher is None:
+            raise InputError(f"loss {self.loss} needs a teacher: add a teacher step before what changes the weights.")
+        return Distillation(run.teacher, SHARES[self.loss])
 
     def _records(self, run: Run) -> tuple[list[data.Record], list[data.Record] | None]:
         records = read(self.data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,7 +11,7 @@ from pydantic import ConfigDict, model_validator
 
 from halfbyte import adapters, layers, models
 from halfbyte.errors import InputError
-from halfbyte.run import Run, attach_from, dequantize, see_through, to_scheme
+from halfbyte.run import Run, attach_from, dequantize, load, see_through, sharing, to_scheme
 from halfbyte.steps.step import Step
 
 
@@ -64,6 +65,28 @@ class Grid(Step):
 
     def __call__(self, run: Run) -> None:
         see_through(run, to_scheme(self.scheme, self.group_size), self.how)
+
+
+class Teacher(Step):
+    """Keeps a model whose predictions Train is then held to by its loss: another MODEL, or this one as it is now. keep:
+    whether weights that are floats are trained from here on, so that the teacher needs its own; else it shares them."""
+
+    model: str | None = None
+    keep: bool = True
+
+    def __call__(self, run: Run) -> None:
+        if self.model is not None:
+            other = load(self.model, run.loaded.config.dtype)
+            if other.model.config.vocab_size != run.model.config.vocab_size:
+                raise InputError(
+                    f"--teacher {self.model}: it predicts {other.model.config.vocab_size} tokens, "
+                    f"{run.loaded.source} {run.model.config.vocab_size}."
+                )
+            run.notes["teacher"] = self.model
+            run.teacher = other.model
+        else:
+            run.teacher = copy.deepcopy(run.model) if self.keep else sharing(run).model
+        run.teacher.eval().requires_grad_(False)
 
 
 class Dequantize(Step):
