@@ -15,7 +15,7 @@ from halfbyte.folders import check_free, whole
 from halfbyte.layers import weights
 from halfbyte.run import Run, load, to_scheme
 from halfbyte.solvers import solver
-from halfbyte.steps import STEPS, Adapt, Dequantize, Freeze, Grid, Merge, Step, Teacher, Train, checked, read
+from halfbyte.steps import SHARES, STEPS, Adapt, Dequantize, Freeze, Grid, Merge, Step, Teacher, Train, checked, read
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,8 @@ def method_steps(
         raise InputError(f"--init {init}: codes to begin from are for --method {takes}.")
     own = {k: v for k, v in train.items() if k in Train.model_fields}
     loss = own.get("loss", "ce")
+    if loss not in ("ce", *SHARES):
+        raise InputError(f"--loss {loss}: it is ce, {', '.join(SHARES)}.")
     if loss != "ce" and not made.quantizes:
         takes = ", ".join(n for n, m in METHODS.items() if m.quantizes)
         raise InputError(f"--loss {loss} holds a model to what it was before it was quantized: for --method {takes}.")
