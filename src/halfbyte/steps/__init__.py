@@ -10,7 +10,8 @@ from halfbyte.steps.weights import Adapt, Dequantize, Grid, Merge, Teacher
 
 __all__ = [
     "LEARNING_RATES", "SHARES", "STEPS", "Adapt", "Calibrated", "Dequantize", "Evaluate", "Freeze", "Grid", "Merge",
-    "Positive", "Step", "Teacher", "Train", "Transform", "check_length", "checked", "is_word", "pad_id", "read", "trainable",
+    "Positive", "Step", "Teacher", "Train", "Transform", "check_length", "checked", "is_word", "pad_id", "read",
+    "trainable",
 ]  # fmt: skip
 
 STEPS: dict[str, type[Step]] = {
