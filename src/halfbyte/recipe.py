@@ -14,17 +14,17 @@ from halfbyte.errors import InputError
 from halfbyte.folders import check_free, whole
 from halfbyte.layers import weights
 from halfbyte.run import Run, load, to_scheme
-from halfbyte.solvers import solver
+from halfbyte.solvers import SOLVERS, solver
 from halfbyte.steps import SHARES, STEPS, Adapt, Dequantize, Freeze, Grid, Merge, Step, Teacher, Train, checked, read
 
 
 @dataclass(frozen=True)
 class Given:
-    """What a method is made from. to: its scheme. init: the solver that its codes begin from. teacher: a MODEL that
-    the loss holds it to, instead of what it was itself. train, adapt: settings of Train and of Adapt."""
+    """What a method is made from. to: its scheme. init: the solver that its codes begin from, if any. teacher: a MODEL
+    that the loss holds it to, instead of what it was itself. train, adapt: settings of Train and of Adapt."""
 
     to: Any
-    init: str
+    init: str | None
     teacher: str | None
     train: dict[str, Any]
     adapt: dict[str, Any]
@@ -33,11 +33,16 @@ class Given:
         """What goes before the step that changes the weights, where the loss needs a teacher."""
         return [] if self.train.get("loss", "ce") == "ce" else [Teacher(model=self.teacher, keep=keep)]
 
-    def codes(self) -> Freeze:
+    def codes(self, learn: bool = False) -> Freeze:
         """By a solver, on what is trained on, if it needs text."""
+        init = self.init or "rtn"
         text = {k: self.train[k] for k in ("max_length",) if k in self.train}
-        source = self.train.get("data") if solver(self.init).needs_data else "none"
-        return Freeze(scheme=self.to, solver=self.init, calibration=source, **text)
+        source = self.train.get("data") if solver(init).needs_data else "none"
+        return Freeze(scheme=self.to, solver=init, calibration=source, learn=learn, **text)
+
+    def seen(self) -> Step:
+        """Scales found anew from the weights at every step; or learned, from a solver's on."""
+        return Grid(scheme=self.to) if self.init is None else self.codes(learn=True)
 
 
 @dataclass(frozen=True)
@@ -62,9 +67,10 @@ METHODS: dict[str, Method] = {
         adapts=True,
     ),
     "qat": Method(
-        lambda g: [Dequantize(), *g.taught(keep=True), Grid(scheme=g.to), Train(**g.train), Freeze()],
+        lambda g: [Dequantize(), *g.taught(keep=True), g.seen(), Train(**g.train), Freeze()],
         needs_scheme=True,
         quantizes=True,
+        begins=True,
     ),
     "qat-lora": Method(
         lambda g: [Dequantize(), *g.taught(keep=False), Grid(scheme=g.to), Adapt(**g.adapt), Train(**g.train)],
@@ -86,7 +92,7 @@ def method_steps(
     to: Any,
     train: Mapping[str, Any],
     adapt: Mapping[str, Any] | None = None,
-    init: str = "rtn",
+    init: str | None = None,
     teacher: str | None = None,
 ) -> list[Step]:
     """The steps of a method. `train` may hold Adapt's keys too (r, lora_alpha ...). Raises InputError."""
@@ -98,10 +104,11 @@ def method_steps(
     if to is not None and method in ("full", "lora"):
         name = to_scheme(to).name
         raise InputError(f"--method {method} takes no --to: it quantizes nothing. Train, then merge --to {name}.")
-    solver(init)
-    if init != "rtn" and not made.begins:
+    if init is not None and not made.begins:
         takes = ", ".join(n for n, m in METHODS.items() if m.begins)
         raise InputError(f"--init {init}: codes to begin from are for --method {takes}.")
+    if init is not None and init not in SOLVERS:
+        raise InputError(f"--init {init}: there is no such solver; those are {', '.join(SOLVERS)}.")
     own = {k: v for k, v in train.items() if k in Train.model_fields}
     loss = own.get("loss", "ce")
     if loss not in ("ce", *SHARES):
@@ -148,7 +155,7 @@ class _Fields(BaseModel):
     to: Any = None
     train: dict[str, Any] = {}
     adapt: dict[str, Any] = {}
-    init: str = "rtn"
+    init: str | None = None
     teacher: str | None = None
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from halfbyte import kernels
 from halfbyte.errors import InputError
 from halfbyte.formats import Format
+from halfbyte.kernels import proxy
 from halfbyte.qtensor import QParams, QTensor
 
 
@@ -238,6 +239,17 @@ class Weight(nn.Module):
         """Makes floats of stored codes."""
         if isinstance(self.stored, Codes):
             self.store(self.base().detach())
+
+    @torch.no_grad()
+    def see_through(self, q: QTensor, w: Tensor) -> None:
+        """Stores the floats nearest to w (out, in) that q's scales round to its codes, and sees them through a grid
+        that learns these scales: the value is what q stands for. Raises InputError where no scale can be learned."""
+        if isinstance(q.parts["scale"], QTensor) or not q.parts["scale"].is_floating_point():
+            raise InputError(f"{q.format}: its scales are quantized themselves and cannot be trained.")
+        near = proxy.inside(w, q).to(w.dtype)  # which may round it out of its cell
+        same = kernels.quantize(near, q.format, q.qparams).codes.reshape(w.shape) == q.codes.reshape(w.shape)
+        self.store(torch.where(same, near, q.dequantize().to(w.dtype)))
+        self.grid = Grid(q.format, learned=q.qparams)
 
     @torch.no_grad()
     def freeze(self, q: QTensor | None = None) -> None:

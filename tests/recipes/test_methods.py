@@ -5,11 +5,12 @@ import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
 
-from halfbyte import InputError, models, recipe, run
+from halfbyte import InputError, kernels, models, recipe, run
 from halfbyte.adapters import attached
 from halfbyte.containers.shards import Shards
 from halfbyte.layers import Codes, Linear, ops, weights
 from halfbyte.model import load
+from halfbyte.recipe import method_steps
 from halfbyte.steps import Adapt, Freeze, Grid, Merge, Train
 from miniatures import IDS, folder, logits
 
@@ -128,6 +129,24 @@ def test_scales_go_on_from_a_solvers_codes(tmp_path, llama):
     rounded = {n: w.stored.q.codes for n, w in weights(load(llama).quantize("int3-g32").model).items() if n in codes}
     assert any(not torch.equal(c, rounded[n]) for n, c in codes.items())
     assert made.notes["solver"] == "gptq"
+    again = run.load(saved(made, tmp_path / "out"))
+    assert torch.equal(logits(again.model), logits(made.model))
+
+
+@pytest.mark.parametrize("to", ["int3-g32", "NF4", "W4A16_ASYM", "W4A8", "FP8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_qat_goes_on_from_a_solvers_codes_and_ships_what_was_trained(tmp_path, to, dtype):
+    base = folder(tmp_path / "base", dtype=dtype, words=True)
+    begun = load(base).quantize(to, solver="gptq", calibration=TEXT, max_length=24)
+    *before, train, last = method_steps("qat", to, SHORT, init="gptq")
+    made = load(base).apply(*before, last)
+    assert torch.equal(logits(made.model), logits(begun.model))
+    made = load(base).apply(*before, train)
+    seen = training_logits(made.model)
+    assert not torch.equal(seen, logits(begun.model))
+    made.apply(last)
+    with kernels.using("reference"):
+        torch.testing.assert_close(logits(made.model), seen, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
     again = run.load(saved(made, tmp_path / "out"))
     assert torch.equal(logits(again.model), logits(made.model))
 

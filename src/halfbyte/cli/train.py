@@ -43,7 +43,7 @@ def command(
     lr: Annotated[float | None, typer.Option(help="2e-4 adapters, 2e-5 full, 1e-5 qat, 1e-4 scales.")] = None,
     loss: Annotated[str, typer.Option(help="ce: the text's; kl: from the model as it was; or both.")] = "ce",
     teacher: Annotated[str | None, typer.Option(help="A MODEL that --loss kl holds it to instead.")] = None,
-    init: Annotated[str, typer.Option(help="The solver that scales begins from: rtn, hqq, gptq, autoround.")] = "rtn",
+    init: Annotated[str | None, typer.Option(help="The solver that scales or qat begins from, such as gptq.")] = None,
     lr_scheduler_type: str = "cosine",
     warmup_ratio: float = 0.03,
     weight_decay: float = 0.0,

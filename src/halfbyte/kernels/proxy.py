@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import InputError
-from halfbyte.formats import Float8, Format
+from halfbyte.formats import Float8, Format, Table
 from halfbyte.kernels import cpu, elementwise, reference
 from halfbyte.kernels.rounding import round_to_grid
 from halfbyte.qtensor import QParams, QTensor, grid_values, pack
+
+_INSIDE = 0.98  # of a cell: its edges are rounded to either side
 
 
 def refuses(f: Format, shape: tuple[int, ...]) -> str | None:
@@ -62,6 +64,28 @@ def loss(w: Tensor, q: QTensor, h: Tensor) -> Tensor:
 def values(q: QTensor) -> Tensor:
     """What q stands for, float32: not rounded to its source's dtype."""
     return QTensor(q.format, q.shape, torch.float32, q.parts).dequantize()
+
+
+def cells(v: Tensor, f: Format) -> tuple[Tensor, Tensor, float]:
+    """Of grid values: from where to where numbers are rounded to them, a little inside; and the grid's mean step."""
+    if isinstance(f.grid, Table):
+        values = f.grid.codebook.unique()
+        middles = (values[1:] + values[:-1]) / 2
+        at = torch.searchsorted(values, v)
+        low, high = torch.cat((values[:1], middles))[at], torch.cat((middles, values[-1:]))[at]
+        return v + _INSIDE * (low - v), v + _INSIDE * (high - v), float(values[-1] - values[0]) / (len(values) - 1)
+    return v - _INSIDE / 2, v + _INSIDE / 2, 1.0
+
+
+def inside(w: Tensor, q: QTensor) -> Tensor:
+    """What is nearest to w (out, in) of all that q's scales round to q's codes, float32 (out, in)."""
+    p, f = q.qparams, q.format
+    scale = p.scale.float().reshape(-1, 1)
+    zero = None if p.zero is None else p.zero.float().reshape(-1, 1)
+    whole, added = (zero, 0.0) if f.zero == "integer" else (None, 0.0 if zero is None else zero)
+    low, high, _ = cells(grid_values(q.codes.reshape(len(scale), -1), f, whole), f)
+    x = (w.float().reshape(len(scale), -1) - added) / torch.where(scale == 0, torch.inf, scale)
+    return (torch.minimum(torch.maximum(x, low), high) * scale + added).reshape(w.shape)
 
 
 def _held(w: Tensor, f: Format, p: QParams) -> QTensor:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.formats import Format, Table
 from halfbyte.kernels import proxy, reference
 from halfbyte.kernels.rounding import round_to_grid
 from halfbyte.qtensor import QParams, QTensor, grid_values
@@ -21,7 +20,6 @@ ITERATIONS = 100
 BATCH = 4  # rows of text an iteration
 RATE, SCALE_RATE = 0.001, 0.0003  # of a step between codes, and of a scale, at first; they fall to 0
 BETAS = (0.9, 0.95)  # of Adam
-_INSIDE = 0.98
 
 
 def solve(
@@ -62,7 +60,7 @@ class Rounding(nn.Module):
         v = grid_values(q.codes.reshape(groups, -1), self.format, self.whole)
         x = w.float().reshape(groups, -1) - (0 if self.added is None else self.added)
         x = torch.where(self.scale == 0, 0.0, x / self.scale)
-        low, high, self.step_size = _cells(v, self.format)
+        low, high, self.step_size = proxy.cells(v, self.format)
         self.x = torch.minimum(torch.maximum(x, low), high)
         self.fits = gptq.fits(self.format)
         self.moments: dict[str, tuple[Tensor, Tensor, int]] = {}
@@ -120,17 +118,6 @@ class Rounding(nn.Module):
     def _zero(self, like: QTensor) -> Tensor | None:
         zero = self.whole if self.added is None else self.added
         return None if zero is None or like.qparams.zero is None else zero.reshape(like.qparams.zero.shape)
-
-
-def _cells(v: Tensor, f: Format) -> tuple[Tensor, Tensor, float]:
-    """Of grid values: from where to where numbers are rounded to them, a little inside; and the grid's mean step."""
-    if isinstance(f.grid, Table):
-        values = f.grid.codebook.unique()
-        middles = (values[1:] + values[:-1]) / 2
-        at = torch.searchsorted(values, v)
-        low, high = torch.cat((values[:1], middles))[at], torch.cat((middles, values[-1:]))[at]
-        return v + _INSIDE * (low - v), v + _INSIDE * (high - v), float(values[-1] - values[0]) / (len(values) - 1)
-    return v - _INSIDE / 2, v + _INSIDE / 2, 1.0
 
 
 @contextmanager

@@ -124,6 +124,9 @@ class Freeze(Calibrated):
     codes already stay as they are. inputs: how the scales of static inputs are found on the calibration text, minmax,
     percentile-P or mse. imatrix: a file of llama.cpp's, the importance of inputs, instead of calibration text.
 
+    learn: weights stay floats, the nearest to what they were that have the codes found, and are seen through grids
+    whose scales are learned from those found on.
+
     A run whose weights are still on disk is quantized a block at a time, and goes on from what its checkpoint holds."""
 
     scheme: Any = None
@@ -132,6 +135,7 @@ class Freeze(Calibrated):
     solver: str = "rtn"
     imatrix: str | Path | None = None
     inputs: str = "mse"
+    learn: bool = False
     on_block: Any = None
     on_batch: Any = None
 
@@ -145,6 +149,8 @@ class Freeze(Calibrated):
         observe.check(self.inputs)
         if self.scheme is not None:
             check_static(to_scheme(self.scheme, self.group_size), self._text)
+            if self.learn and self.keep:
+                raise InputError("codes that are kept have no floats to learn: leave out keep, or learn.")
             if by.needs_data and self._text is None:
                 raise InputError(f"--calibration none: {by.name} needs text; give a FILE, or self.")
         return self
@@ -173,10 +179,16 @@ class Freeze(Calibrated):
         rows = self._rows(run)
         told = {k: f for k, f in (("on_block", self.on_block), ("on_batch", self.on_batch)) if f is not None}
         batches = None if rows is None else data.stacked(self._batches(run, rows), calibrate.TOGETHER)
+        floats = {n: w.base().detach() for n, w in layers.weights(run.model).items()} if self.learn else {}
         freeze(
             run, chosen, by, batches, keep=self.keep,
             inputs=self.inputs, squares=squares, store=self._store(run, chosen, by, rows), **told,
         )  # fmt: skip
+        if self.learn:
+            for name, w in layers.weights(run.model).items():
+                if isinstance(w.stored, layers.Codes):
+                    w.see_through(w.stored.q, floats[name])
+            run.notes["grid"] = run.notes.pop("stored")
 
     def _store(self, run: Run, chosen: Any, by: Any, rows: data.Dataset | None) -> calibrate.Store:
         """Where weights are meanwhile: on disk, but for a block, if the run has a place to keep what is found."""
