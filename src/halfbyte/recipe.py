@@ -110,6 +110,8 @@ def method_steps(
     if init is not None and init not in SOLVERS:
         raise InputError(f"--init {init}: there is no such solver; those are {', '.join(SOLVERS)}.")
     own = {k: v for k, v in train.items() if k in Train.model_fields}
+    if init is not None and solver(init).needs_data and own.get("eval_split"):
+        raise InputError(f"--init {init} --eval-split: the solver would see what is held out; give --eval-data FILE.")
     loss = own.get("loss", "ce")
     if loss not in ("ce", *SHARES):
         raise InputError(f"--loss {loss}: it is ce, {', '.join(SHARES)}.")

@@ -166,6 +166,8 @@ def test_zeros_that_are_floats_learn_too(llama):
 def test_codes_that_are_there_are_held_to_another_model(tmp_path, llama):
     before = load(llama).quantize("int3-g32")
     path = saved(before, tmp_path / "codes")
+    with pytest.raises(InputError, match="--teacher MODEL"):
+        trained(path, "scales", "int3-g32", loss="kl")
     made = trained(path, "scales", "int3-g32", loss="kl", teacher=str(llama), steps=20, learning_rate=1e-3)
     assert made.notes["teacher"] == str(llama)
     assert far(made, llama) < far(before, llama)

@@ -84,6 +84,11 @@ class Teacher(Step):
                 )
             run.notes["teacher"] = self.model
             run.teacher = other.model
+        elif any(isinstance(w.stored, layers.Codes) for w in layers.weights(run.model).values()):
+            raise InputError(
+                f"{run.loaded.source} is codes already: the loss would hold it to itself. Name the model that "
+                "they were made from by --teacher MODEL."
+            )
         else:
             run.teacher = copy.deepcopy(run.model) if self.keep else sharing(run).model
         run.teacher.eval().requires_grad_(False)
