@@ -25,11 +25,13 @@ class Model(Run):
         """Post-training quantization; options: those of the Freeze step (solver, calibration)."""
         return self.apply(Freeze(scheme=to, group_size=group_size, **options))
 
-    def train(self, data: Any, method: str = "lora", to: str | None = None, **options: Any) -> Model:
-        """Fine-tunes on a file or records by a method of recipe.METHODS; options: those of Train and Adapt,
-        init (the solver that codes begin from) and teacher (a MODEL that loss="kl" holds it to)."""
-        begins = {k: options.pop(k) for k in ("init", "teacher") if k in options}
-        return self.apply(*recipe.method_steps(method, to, {"data": data, **options}, **begins))
+    def train(
+        self, data: Any, method: str = "lora", to: str | None = None, init: str | None = None,
+        teacher: str | None = None, **options: Any
+    ) -> Model:  # fmt: skip
+        """Fine-tunes on a file or records by a method of recipe.METHODS; options: those of Train and Adapt.
+        init: the solver that codes begin from; teacher: a MODEL that loss="kl" holds it to."""
+        return self.apply(*recipe.method_steps(method, to, {"data": data, **options}, None, init, teacher))
 
     def merge(self, to: str | None = None) -> Model:
         """Folds adapters in; `to` quantizes the result (a run trained through a grid takes its own)."""

@@ -36,9 +36,9 @@ class Given:
     def codes(self, learn: bool = False) -> Freeze:
         """By a solver, on what is trained on, if it needs text."""
         init = self.init or "rtn"
-        text = {k: self.train[k] for k in ("max_length",) if k in self.train}
+        length = self.train.get("max_length", Train.model_fields["max_length"].default)
         source = self.train.get("data") if solver(init).needs_data else "none"
-        return Freeze(scheme=self.to, solver=init, calibration=source, learn=learn, **text)
+        return Freeze(scheme=self.to, solver=init, calibration=source, max_length=length, learn=learn)
 
     def seen(self) -> Step:
         """Scales found anew from the weights at every step; or learned, from a solver's on."""
@@ -47,13 +47,12 @@ class Given:
 
 @dataclass(frozen=True)
 class Method:
-    """needs_scheme: whether it needs --to. adapts: whether it takes Adapt's settings. quantizes: whether its loss may
-    be what quantizing changed. begins: whether its codes can be a solver's."""
+    """needs_scheme: whether it needs --to, which its result is stored in; its loss may then be what that changed.
+    adapts: whether it takes Adapt's settings. begins: whether its codes can be a solver's."""
 
     steps: Callable[[Given], list[Step]]
     needs_scheme: bool = False
     adapts: bool = False
-    quantizes: bool = False
     begins: bool = False
 
 
@@ -69,19 +68,16 @@ METHODS: dict[str, Method] = {
     "qat": Method(
         lambda g: [Dequantize(), *g.taught(keep=True), g.seen(), Train(**g.train), Freeze()],
         needs_scheme=True,
-        quantizes=True,
         begins=True,
     ),
     "qat-lora": Method(
         lambda g: [Dequantize(), *g.taught(keep=False), Grid(scheme=g.to), Adapt(**g.adapt), Train(**g.train)],
         needs_scheme=True,
         adapts=True,
-        quantizes=True,
     ),
     "scales": Method(
         lambda g: [*g.taught(keep=False), g.codes(), Train(**g.train)],
         needs_scheme=True,
-        quantizes=True,
         begins=True,
     ),
 }  # fmt: skip
@@ -115,8 +111,8 @@ def method_steps(
     loss = own.get("loss", "ce")
     if loss not in ("ce", *SHARES):
         raise InputError(f"--loss {loss}: it is ce, {', '.join(SHARES)}.")
-    if loss != "ce" and not made.quantizes:
-        takes = ", ".join(n for n, m in METHODS.items() if m.quantizes)
+    if loss != "ce" and not made.needs_scheme:
+        takes = ", ".join(n for n, m in METHODS.items() if m.needs_scheme)
         raise InputError(f"--loss {loss} holds a model to what it was before it was quantized: for --method {takes}.")
     if teacher is not None and loss == "ce":
         raise InputError(f"--teacher {teacher}: the loss asks no teacher; add --loss kl or --loss both.")

@@ -21,6 +21,12 @@ def moved(t: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     return torch.empty_like(t, device=device) if t.is_meta else t.to(device)
 
 
+def check_learnable(q: QTensor) -> None:
+    """Raises InputError where no scale can be learned."""
+    if isinstance(q.parts["scale"], QTensor):
+        raise InputError(f"{q.format}: its scales are quantized themselves and cannot be trained.")
+
+
 class Codes(nn.Module):
     """A QTensor held by a module: parts are buffers that move with the model and keep their dtype.
 
@@ -37,8 +43,7 @@ class Codes(nn.Module):
         for name, part in tensors.items():
             self.register_buffer(self._names[name], part.detach())
         if learn:
-            if isinstance(q.parts["scale"], QTensor):
-                raise InputError(f"{q.format}: its scales are quantized themselves and cannot be trained.")
+            check_learnable(q)
             for name in ("scale", "zero"):
                 part = tensors.get(name)
                 if part is not None and part.is_floating_point():
@@ -244,9 +249,8 @@ class Weight(nn.Module):
     def see_through(self, q: QTensor, w: Tensor) -> None:
         """Stores the floats nearest to w (out, in) that q's scales round to its codes, and sees them through a grid
         that learns these scales: the value is what q stands for. Raises InputError where no scale can be learned."""
-        if isinstance(q.parts["scale"], QTensor) or not q.parts["scale"].is_floating_point():
-            raise InputError(f"{q.format}: its scales are quantized themselves and cannot be trained.")
-        near = proxy.inside(w, q).to(w.dtype)  # which may round it out of its cell
+        check_learnable(q)
+        near = proxy.nearest(w, q).to(w.dtype)  # which may round it out of its cell
         same = kernels.quantize(near, q.format, q.qparams).codes.reshape(w.shape) == q.codes.reshape(w.shape)
         self.store(torch.where(same, near, q.dequantize().to(w.dtype)))
         self.grid = Grid(q.format, learned=q.qparams)

@@ -98,7 +98,7 @@ def command(
         method, scheme, settings, adapt if METHODS.get(method, METHODS["lora"]).adapts else None, init, teacher
     )
     run = _load(model, data, eval_data, dtype, revision, seed)
-    if scheme is not None and method in ("qat", "qat-lora", "scales"):
+    if scheme is not None and METHODS[method].needs_scheme:
         run.holds(scheme)  # of qlora's base nothing is left in the result
     with whole(output, overwrite, resume) as partial:
         run.checkpoint = partial / CHECKPOINT

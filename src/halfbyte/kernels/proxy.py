@@ -66,7 +66,7 @@ def values(q: QTensor) -> Tensor:
     return QTensor(q.format, q.shape, torch.float32, q.parts).dequantize()
 
 
-def cells(v: Tensor, f: Format) -> tuple[Tensor, Tensor, float]:
+def _cells(v: Tensor, f: Format) -> tuple[Tensor, Tensor, float]:
     """Of grid values: from where to where numbers are rounded to them, a little inside; and the grid's mean step."""
     if isinstance(f.grid, Table):
         values = f.grid.codebook.unique()
@@ -77,15 +77,23 @@ def cells(v: Tensor, f: Format) -> tuple[Tensor, Tensor, float]:
     return v - _INSIDE / 2, v + _INSIDE / 2, 1.0
 
 
-def inside(w: Tensor, q: QTensor) -> Tensor:
-    """What is nearest to w (out, in) of all that q's scales round to q's codes, float32 (out, in)."""
+def inside(w: Tensor, q: QTensor) -> tuple[Tensor, float]:
+    """The numbers nearest to w (out, in) of all that are rounded to q's codes, in units of q's scales, float32
+    (groups, n); and the mean step between codes."""
     p, f = q.qparams, q.format
     scale = p.scale.float().reshape(-1, 1)
     zero = None if p.zero is None else p.zero.float().reshape(-1, 1)
     whole, added = (zero, 0.0) if f.zero == "integer" else (None, 0.0 if zero is None else zero)
-    low, high, _ = cells(grid_values(q.codes.reshape(len(scale), -1), f, whole), f)
+    low, high, step = _cells(grid_values(q.codes.reshape(len(scale), -1), f, whole), f)
     x = (w.float().reshape(len(scale), -1) - added) / torch.where(scale == 0, torch.inf, scale)
-    return (torch.minimum(torch.maximum(x, low), high) * scale + added).reshape(w.shape)
+    return torch.minimum(torch.maximum(x, low), high), step
+
+
+def nearest(w: Tensor, q: QTensor) -> Tensor:
+    """What is nearest to w (out, in) of all that q's scales round to q's codes, float32 (out, in)."""
+    x, p = inside(w, q)[0], q.qparams
+    added = 0.0 if p.zero is None or q.format.zero == "integer" else p.zero.float().reshape(-1, 1)
+    return (x * p.scale.float().reshape(-1, 1) + added).reshape(w.shape)
 
 
 def _held(w: Tensor, f: Format, p: QParams) -> QTensor:

@@ -57,11 +57,7 @@ class Rounding(nn.Module):
         self.scale = p.scale.float().reshape(groups, 1).clone()
         zero = None if p.zero is None else p.zero.float().reshape(groups, 1).clone()
         self.whole, self.added = (zero, None) if self.format.zero == "integer" else (None, zero)
-        v = grid_values(q.codes.reshape(groups, -1), self.format, self.whole)
-        x = w.float().reshape(groups, -1) - (0 if self.added is None else self.added)
-        x = torch.where(self.scale == 0, 0.0, x / self.scale)
-        low, high, self.step_size = proxy.cells(v, self.format)
-        self.x = torch.minimum(torch.maximum(x, low), high)
+        self.x, self.step_size = proxy.inside(w, q)
         self.fits = gptq.fits(self.format)
         self.moments: dict[str, tuple[Tensor, Tensor, int]] = {}
         self.stored = reference.store_qparams(p, self.format, q.dtype)
