@@ -14,7 +14,7 @@ from torch import nn
 
 from halfbyte import InputError, data
 from halfbyte.data import Batch
-from halfbyte.train import Masters, TrainingArguments, loss_sum, train
+from halfbyte.train import Masters, Pace, TrainingArguments, loss_sum, matrices_decay, train
 from miniatures import make, tokenizer
 
 VOCABULARY = 16
@@ -143,13 +143,39 @@ def test_float32_masters_move_where_bf16_alone_would_not():
 
 def test_the_model_is_its_masters_rounded():
     model = toy(torch.bfloat16)
-    masters = Masters(list(model.parameters()), args())
+    masters = Masters(dict(model.named_parameters()), args(), matrices_decay)
     loss_sum(model, batch()).backward()
     masters.step(1e-2, 1.0)
     for p, m in zip(masters.parameters, masters.masters, strict=True):
         assert (p.dtype, m.dtype) == (torch.bfloat16, torch.float32)
         assert torch.equal(p, m.to(torch.bfloat16))
     assert any(not torch.equal(m, m.bfloat16().float()) for m in masters.masters)
+
+
+def test_a_parameter_has_a_pace_of_its_own():
+    """AdamW's first step is its learning rate, half of what is given while that warms up, whatever the gradient."""
+    model = toy()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    first = next(iter(before))
+    pace = lambda name, p: Pace(ratio=10.0 if name == first else 1.0)  # noqa: E731
+    train(model, itertools.repeat(batch()), args(steps=1, learning_rate=1e-4, **FLAT), pace=pace)
+    moved = {n: (p - before[n]).abs().max().item() for n, p in model.named_parameters()}
+    assert moved[first] == pytest.approx(5e-4, rel=0.05)
+    assert all(m == pytest.approx(5e-5, rel=0.05) for n, m in moved.items() if n != first)
+
+
+def test_what_does_not_decay_keeps_its_size():
+    model = toy()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    first, *_ = before
+    masters = Masters(
+        dict(model.named_parameters()), args(weight_decay=0.5), lambda name, p: Pace(decays=name != first)
+    )
+    masters.step(0.1, 1.0)
+    for name, p in model.named_parameters():
+        assert torch.allclose(p, before[name] * (1 if name == first else 0.95))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -175,15 +201,15 @@ def test_a_state_is_not_changed_by_the_training_that_goes_on():
 
 
 def test_a_state_of_another_model_is_refused():
-    state = Masters(list(toy().parameters()), args()).state_dict()
+    state = Masters(dict(toy().named_parameters()), args(), matrices_decay).state_dict()
     with pytest.raises(InputError, match="another model"):
-        Masters([nn.Parameter(torch.ones(3))], args()).load_state_dict(state)
+        Masters({"p": nn.Parameter(torch.ones(3))}, args(), matrices_decay).load_state_dict(state)
 
 
 def test_weight_decay_spares_vectors():
     model = toy()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    masters = Masters(list(model.parameters()), args(weight_decay=0.5))
+    masters = Masters(dict(model.named_parameters()), args(weight_decay=0.5), matrices_decay)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     masters.step(0.1, 1.0)
@@ -231,7 +257,7 @@ def test_the_rates_are_those_of_the_curve():
 @given(st.floats(1e-3, 10))
 def test_the_gradient_is_clipped_to_its_norm(most):
     model = toy()
-    masters = Masters(list(model.parameters()), args())
+    masters = Masters(dict(model.named_parameters()), args(), matrices_decay)
     loss_sum(model, batch()).backward()
     raw = torch.cat([p.grad.flatten() for p in model.parameters()])
     seen = {}
@@ -299,7 +325,7 @@ def test_a_loss_that_is_not_finite_says_so():
 
 def test_a_gradient_that_is_not_finite_says_so_and_moves_nothing():
     model = toy()
-    masters = Masters(list(model.parameters()), args())
+    masters = Masters(dict(model.named_parameters()), args(), matrices_decay)
     before = weights(model)
     for p in model.parameters():
         p.grad = torch.full_like(p, math.inf)

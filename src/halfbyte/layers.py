@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,9 +85,10 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight
-        if self._input is not None:
+        if self._input is not None and not w.asleep:
             f, p = self._rounding(x, self._input)
-            codes = None if w.adapters or torch.is_grad_enabled() else self._codes()
+            beside = w.adapters and w.grid is None  # which take x as floats
+            codes = None if beside or torch.is_grad_enabled() else self._codes()
             if codes is not None:
                 return kernels.linear(kernels.quantize(x, f, p), codes, self.bias)
             x = kernels.fake(x, f, p)
@@ -101,7 +103,16 @@ class Linear(nn.Module):
         w = self.weight
         if (codes := self._codes()) is not None:
             return kernels.linear(_autocast(x), codes, None if bias is None else _autocast(bias))
-        return F.linear(x, (w.base() if w.grid is None else w.value()).to(x.dtype), bias)
+        if w.grid is None:
+            return F.linear(x, w.base().to(x.dtype), bias)
+        if w.factored:
+            with torch.no_grad():
+                value = w.value()
+            y = F.linear(x, value.to(x.dtype), bias)
+            for adapter in w.adapters.values():
+                y = _Trained.apply(y, adapter(x.detach(), y.new_zeros(())))
+            return y  # pyright: ignore[reportReturnType]
+        return F.linear(x, w.value().to(x.dtype), bias)
 
     def _codes(self) -> QTensor | None:
         """What can be multiplied as codes: frozen ones, and in eval what a grid makes of the value."""
@@ -122,6 +133,18 @@ class Linear(nn.Module):
         rows = (*x.shape[:-1], 1)
         zero = None if p.zero is None else p.zero.expand(rows)
         return parse(f.name.replace("-tensor", "-channel")), QParams(p.scale.expand(rows), zero)
+
+
+class _Trained(torch.autograd.Function):
+    """y, whose gradient goes to `added` too: what is seen of that is in y already, rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, added: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad
 
 
 def _autocast(x: Tensor) -> Tensor:

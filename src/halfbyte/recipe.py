@@ -29,9 +29,9 @@ class Given:
     train: dict[str, Any]
     adapt: dict[str, Any]
 
-    def taught(self, keep: bool) -> list[Step]:
+    def taught(self, **how: bool) -> list[Step]:
         """What goes before the step that changes the weights, where the loss needs a teacher."""
-        return [] if self.train.get("loss", "ce") == "ce" else [Teacher(model=self.teacher, keep=keep)]
+        return [] if self.train.get("loss", "ce") == "ce" else [Teacher(model=self.teacher, **how)]
 
     def codes(self, learn: bool = False) -> Freeze:
         """By a solver, on what is trained on, if it needs text."""
@@ -70,10 +70,14 @@ METHODS: dict[str, Method] = {
         needs_scheme=True,
         begins=True,
     ),
-    "qat-lora": Method(
-        lambda g: [Dequantize(), *g.taught(keep=False), Grid(scheme=g.to), Adapt(**g.adapt), Train(**g.train)],
+    "qat-lora": Method(  # W0 may be held as codes; from a solver's codes it is merged, as no adapter's folder has these
+        lambda g: [
+            *([] if g.init is None else [Dequantize()]), *g.taught(keep=False, codes=True), g.seen(), Adapt(**g.adapt),
+            Train(**g.train), *([] if g.init is None else [Merge(), Freeze()]),
+        ],
         needs_scheme=True,
         adapts=True,
+        begins=True,
     ),
     "scales": Method(
         lambda g: [*g.taught(keep=False), g.codes(), Train(**g.train)],

@@ -90,19 +90,35 @@ class State:
     rng: Tensor
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How a parameter is trained. ratio: its learning rate over that of the step. decays: with args.weight_decay."""
+
+    ratio: float = 1.0
+    decays: bool = True
+
+
+def matrices_decay(name: str, p: nn.Parameter) -> Pace:
+    """All alike; norms and biases do not decay."""
+    return Pace(decays=p.ndim > 1)
+
+
 class Masters:
     """AdamW over float32 copies of parameters that are held in 16 bit, where small updates would round away."""
 
-    def __init__(self, parameters: list[nn.Parameter], args: TrainingArguments) -> None:
-        self.parameters = parameters
-        self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in parameters]
-        decayed = [m for m in self.masters if m.ndim > 1]
-        groups = [
-            {"params": decayed, "weight_decay": args.weight_decay},
-            {"params": [m for m in self.masters if m.ndim <= 1], "weight_decay": 0.0},
-        ]
+    def __init__(self, parameters: dict[str, nn.Parameter], args: TrainingArguments, pace: PaceOf) -> None:
+        self.parameters = list(parameters.values())
+        self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters]
+        groups: dict[Pace, list[nn.Parameter]] = {}
+        for (name, p), m in zip(parameters.items(), self.masters, strict=True):
+            groups.setdefault(pace(name, p), []).append(m)
         self.optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=args.learning_rate, betas=(0.9, args.adam_beta2)
+            [
+                {"params": ms, "ratio": of.ratio, "weight_decay": args.weight_decay if of.decays else 0.0}
+                for of, ms in groups.items()
+            ],
+            lr=args.learning_rate,
+            betas=(0.9, args.adam_beta2),
         )
 
     def step(self, rate: float, max_norm: float) -> float:
@@ -115,7 +131,7 @@ class Masters:
         if not math.isfinite(norm):
             raise Diverged("the gradient is not finite: the learning rate is too high for this model and data.")
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["ratio"]
         self.optimizer.step()
         with torch.no_grad():
             for p, m in zip(self.parameters, self.masters, strict=True):
@@ -146,6 +162,9 @@ class Masters:
             self.optimizer.state[m] = moments
 
 
+PaceOf = Callable[[str, nn.Parameter], Pace]
+
+
 def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     """Cross-entropy summed over the batch's targets, in float32; the logits of other positions are not kept."""
     logits, labels = distill.targets(model, batch)
@@ -158,6 +177,7 @@ def train(
     args: TrainingArguments,
     *,
     loss_of: Callable[[nn.Module, Batch], Tensor] = loss_sum,
+    pace: PaceOf = matrices_decay,
     begun: State | None = None,
     on_step: Callable[[dict[str, float]], None] = lambda row: None,
     evaluate: Callable[[], float] | None = None,
@@ -166,16 +186,16 @@ def train(
     """Trains what requires a gradient, on `args.steps` steps of batches from an endless stream, in place.
 
     A step's loss is the mean over the targets of all its accumulated batches, each target counting the same.
-    loss_of: what is made small: of a batch the sum over its targets. begun: where an interrupted run goes on; the
-    stream must start there too. on_step sees each row of the curve; evaluate gives a held-out loss every `eval_steps`;
-    save gets the state every `save_steps`.
+    loss_of: what is made small: of a batch the sum over its targets. pace: of a parameter by name. begun: where an
+    interrupted run goes on; the stream must start there too. on_step sees each row of the curve; evaluate gives a
+    held-out loss every `eval_steps`; save gets the state every `save_steps`.
     Raises InputError if nothing is trainable, Diverged if the loss or gradient is not finite.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise InputError("nothing is trainable in this model: add an adapter or choose another --method.")
-    masters = Masters(parameters, args)
-    log = Log(trainable=sum(p.numel() for p in parameters))
+    masters = Masters(parameters, args, pace)
+    log = Log(trainable=sum(p.numel() for p in parameters.values()))
     if begun is not None:
         masters.load_state_dict(begun.tensors)
         log.curve += begun.curve

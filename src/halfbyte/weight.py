@@ -97,14 +97,20 @@ class Grid(nn.Module):
 
     how: a search of halfbyte.kernels (min/max by default: cheap enough for every step). learned: a QParams to
     start from; scale (and a zero point, where the format has one) are then float32 Parameters, and their
-    gradient is LSQ's, times 1/sqrt(n * 2^(b-1)) with n weights a scale (arXiv:1902.08153, section 2.2).
+    gradient is LSQ's, times 1/sqrt(n * 2^(b-1)) with n weights a scale (arXiv:1902.08153, section 2.2). asleep: whether
+    training does not see through it yet.
     """
 
     def __init__(self, format: Format, how: str = "minmax", learned: QParams | None = None) -> None:
         super().__init__()
-        self.format, self.how = format, how
+        self.format, self.how, self.asleep = format, how, False
         self.scale = nn.Parameter(learned.scale.float()) if learned else None
         self.zero = nn.Parameter(learned.zero.float()) if learned and learned.zero is not None else None
+
+    @property
+    def spans(self) -> bool:
+        """Whether its scales are found from the range of the weight, of which nothing is then clipped on purpose."""
+        return self.scale is None and self.how in ("minmax", "absmax")
 
     def qparams(self, w: Tensor) -> QParams:
         """The QParams for w: the one place that training, freezing and export ask."""
@@ -211,9 +217,24 @@ class Weight(nn.Module):
             total = total + adapter.delta(*of).float()  # pyright: ignore[reportCallIssue]
         return total.to(w.dtype)
 
+    @property
+    def asleep(self) -> bool:
+        """Whether its grid is not seen through in this forward: while training warms up without it."""
+        return self.training and self.grid is not None and self.grid.asleep
+
+    @property
+    def factored(self) -> bool:
+        """Whether low-rank factors are all that is trained, behind a grid that spans the whole weight: the gradient
+        then goes straight through to them, dB = s dY^T (X A^T) and dA = s (dY B)^T X, and that of the whole matrix is
+        not needed."""
+        grid, floats = self.grid, isinstance(self.stored, Tensor) and self.stored.requires_grad
+        if grid is None or not grid.spans or self.asleep or floats:
+            return False
+        return bool(self.adapters) and not any(map(needs_base, self.adapters.values()))
+
     def value(self) -> Tensor:
         """grid(stored + adapters), in the weight's dtype."""
-        return self.sum() if self.grid is None else self.grid(self.sum())
+        return self.sum() if self.grid is None or self.asleep else self.grid(self.sum())
 
     def frozen(self) -> QTensor:
         """The value as codes: those stored, or what the grid makes of the sum. Quantized once and kept until a

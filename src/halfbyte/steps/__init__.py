@@ -5,7 +5,8 @@ from __future__ import annotations
 from halfbyte.steps.codes import Calibrated, Freeze, Transform
 from halfbyte.steps.measuring import Evaluate
 from halfbyte.steps.step import Positive, Step, check_length, checked, is_word, pad_id, read
-from halfbyte.steps.training import LEARNING_RATES, SHARES, Train, trainable
+from halfbyte.steps.trained import trainable
+from halfbyte.steps.training import LEARNING_RATES, SHARES, Train
 from halfbyte.steps.weights import Adapt, Dequantize, Grid, Merge, Teacher
 
 __all__ = [

@@ -16,9 +16,11 @@ from halfbyte.distill import Distillation
 from halfbyte.errors import InputError
 from halfbyte.run import Run
 from halfbyte.steps.step import Positive, Step, check_length, pad_id, read
-from halfbyte.train import TrainingArguments, loss_sum, train
+from halfbyte.steps.trained import settle, sleep, trainable
+from halfbyte.train import Pace, TrainingArguments, loss_sum, matrices_decay, train
 
 SHARES = {"kl": 1.0, "both": 0.5}  # of the divergence in a loss
+_OWN = ("loss", "scale_lr_ratio", "loraplus_lr_ratio", "norms", "fake_quant_after_n_steps", "batch_size", "max_length")
 LEARNING_RATES = {"adapters": 2e-4, "stored": 2e-5, "qat": 1e-5, "scales": 1e-4}
 
 
@@ -28,6 +30,10 @@ class Train(Step):
     steps or epochs (3 by default); learning_rate: by what is trained if left out. eval_split takes that share
     of the records away from training. Text longer than max_length is split. loss: ce, the cross-entropy of the
     text; kl, the divergence from what the run's teacher predicts; or both, halves of each.
+
+    scale_lr_ratio, loraplus_lr_ratio: the learning rates of scales and zeros, where other parameters are trained with
+    them, and of LoRA's B (LoRA+, arXiv:2402.12354), over learning_rate. norms: whether norms are trained beside scales.
+    fake_quant_after_n_steps: steps in which nothing is seen through its grid yet.
     """
 
     data: Any
@@ -40,6 +46,10 @@ class Train(Step):
     max_length: int = 512
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     loss: Literal["ce", "kl", "both"] = "ce"
+    scale_lr_ratio: Annotated[float, Field(gt=0)] = 1.0
+    loraplus_lr_ratio: Annotated[float, Field(gt=0)] = 1.0
+    norms: bool = False
+    fake_quant_after_n_steps: Annotated[int, Field(ge=0)] = 0
     lr_scheduler_type: str = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -58,7 +68,7 @@ class Train(Step):
         rows, held = self._encode(records, run), None if held_out is None else self._encode(held_out, run)
         if not run.causal and adapters.attached(run.model):
             raise InputError("a classification head is trained with --method full: adapters would leave it random.")
-        what = trainable(run.model)
+        what = trainable(run.model, self.norms)
         args = self._arguments(what, len(rows), run)
         if held is not None and not args.eval_steps:
             args = replace(args, eval_steps=max(1, args.steps // 10))
@@ -67,20 +77,21 @@ class Train(Step):
         notes = {
             "base_sha256": run.loaded.sha256, "dtype": str(run.loaded.config.dtype).removeprefix("torch."),
             "data_sha256": rows.sha256, "data_kind": rows.kind, "data_tokens": rows.tokens, "trained": what,
-            "training": {**vars(args), "loss": self.loss, "batch_size": self.batch_size, "max_length": self.max_length,
-                         "seed": run.seed},
+            "training": {**vars(args), **{k: getattr(self, k) for k in _OWN}, "seed": run.seed},
         }  # fmt: skip
         torch.manual_seed(run.seed)
         where = run.checkpoint
         begun = None if where is None else resume.load(where, notes)
         done = 0 if begun is None else len(begun.curve) * args.gradient_accumulation_steps
+        sleep(run.model, self.fake_quant_after_n_steps > (0 if begun is None else len(begun.curve)))
         run.log = train(
             run.model,
             data.batches(rows, self.batch_size, seed=run.seed, pad_token_id=pad_id(run), start=done),
             args,
             loss_of=self._loss(run),
+            pace=self._pace,
             begun=begun,
-            on_step=self.on_step or (lambda row: None),
+            on_step=lambda row: self._after(run.model, row),
             evaluate=None if held is None else lambda: _held_out_loss(run.model, held),
             save=None if where is None else lambda state: resume.save(where, state, notes),
         )
@@ -89,6 +100,17 @@ class Train(Step):
         for key, source in (("data", self.data), ("eval_data", self.eval_data)):
             if isinstance(source, str | Path):
                 run.notes[key] = str(Path(source).absolute())
+
+    def _after(self, model: nn.Module, row: dict[str, float]) -> None:
+        sleep(model, self.fake_quant_after_n_steps > row["step"])
+        if self.on_step:
+            self.on_step(row)
+
+    def _pace(self, name: str, p: nn.Parameter) -> Pace:
+        *_, of, what = name.split(".")
+        if of in ("grid", "stored"):
+            return Pace(self.scale_lr_ratio, decays=False)
+        return Pace(self.loraplus_lr_ratio) if what == "lora_B" else matrices_decay(name, p)
 
     def _loss(self, run: Run) -> Any:
         if self.loss == "ce":
@@ -123,6 +145,12 @@ class Train(Step):
         steps = self.steps or max(1, math.ceil((self.epochs or 3) * per_epoch))
         gridded = any(w.grid is not None for w in layers.weights(run.model).values())
         rate = LEARNING_RATES["qat" if what == "stored" and gridded else what]
+        if self.fake_quant_after_n_steps and not gridded:
+            raise InputError("--fake-quant-after-n-steps: nothing is seen through a grid here; leave it out.")
+        if self.fake_quant_after_n_steps >= steps:
+            raise InputError(
+                f"--fake-quant-after-n-steps {self.fake_quant_after_n_steps}: none of {steps} steps would see the grid."
+            )
         keep = ("gradient_accumulation_steps", "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm",
                 "gradient_checkpointing", "eval_steps", "save_steps")  # fmt: skip
         return TrainingArguments(
@@ -136,30 +164,3 @@ def _held_out_loss(model: nn.Module, held: data.Dataset) -> float:
     if held.kind == "classification":
         return evaluate.classification(model, held).loss or 0.0
     return evaluate.measure(model, held).loss or 0.0
-
-
-def trainable(model: nn.Module) -> str:
-    """Marks what a Train step trains, and only that, as requiring a gradient. Says which: adapters, scales or
-    stored (everything that is a float)."""
-    model.requires_grad_(False)
-    if found := adapters.attached(model):
-        for adapter in found.values():
-            adapter.requires_grad_(True)
-        return "adapters"
-    coded = [w for w in layers.weights(model).values() if isinstance(w.stored, layers.Codes)]
-    if coded:
-        for w in coded:
-            w.store(w.frozen(), learn=True)
-        return "scales"
-    model.requires_grad_(True)
-    return "stored"
-
-
-@torch.no_grad()
-def settle(model: nn.Module) -> None:
-    """Ends training: nothing requires a gradient, learned scales are rounded to what the file will hold."""
-    model.requires_grad_(False)
-    for w in layers.weights(model).values():
-        if isinstance(w.stored, layers.Codes) and w.stored.learned:
-            w.store(w.stored.q)
-    model.eval()

@@ -69,10 +69,12 @@ class Grid(Step):
 
 class Teacher(Step):
     """Keeps a model whose predictions Train is then held to by its loss: another MODEL, or this one as it is now. keep:
-    whether weights that are floats are trained from here on, so that the teacher needs its own; else it shares them."""
+    whether weights that are floats are trained from here on, so that the teacher needs its own; else it shares them.
+    codes: whether it may be codes, since what becomes of it computes something else from the start."""
 
     model: str | None = None
     keep: bool = True
+    codes: bool = False
 
     def __call__(self, run: Run) -> None:
         if self.model is not None:
@@ -84,7 +86,7 @@ class Teacher(Step):
                 )
             run.notes["teacher"] = self.model
             run.teacher = other.model
-        elif any(isinstance(w.stored, layers.Codes) for w in layers.weights(run.model).values()):
+        elif not self.codes and any(isinstance(w.stored, layers.Codes) for w in layers.weights(run.model).values()):
             raise InputError(
                 f"{run.loaded.source} is codes already: the loss would hold it to itself. Name the model that "
                 "they were made from by --teacher MODEL."

@@ -1,0 +1,175 @@
+"""Quantization-aware methods: what is learned beside what, from where, and how fast."""
+
+import pytest
+import torch
+
+from halfbyte import InputError
+from halfbyte.layers import Codes, Weight, weights
+from halfbyte.model import load
+from halfbyte.recipe import method_steps
+from halfbyte.steps import Adapt, Grid
+from miniatures import folder, logits
+
+TEXT = [{"text": "a small text that is learnt by heart, twice over and once again"}] * 4
+SHORT = {"data": TEXT, "steps": 3, "batch_size": 2, "max_length": 24, "learning_rate": 1e-2}
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return folder(tmp_path / "llama", words=True)
+
+
+def train(base, method, to, **changes):
+    return load(base).train(method=method, to=to, **{**SHORT, **changes})
+
+
+# ---- the gradient of low-rank factors, without that of the whole matrix
+
+
+def gradients(model):
+    model.zero_grad()
+    model.train()
+    out = model(input_ids=torch.arange(3, 23).reshape(2, 10))
+    (out.logits.float() ** 2).mean().backward()
+    return out.logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if ".adapters." in n}
+
+
+@pytest.mark.parametrize("to", ["uint4-g32", "int8-channel", "nf4-g64", "W8A8", "FP8A16"])
+def test_factors_get_the_gradient_that_the_whole_matrix_would_give_them(llama, to, monkeypatch):
+    made = load(llama).apply(Grid(scheme=to), Adapt(r=4))
+    for w in weights(made.model).values():
+        for a in w.adapters.values():
+            torch.nn.init.normal_(a.lora_B, std=0.02)
+            a.requires_grad_(True)
+    assert any(w.factored for w in weights(made.model).values())
+    seen, direct = gradients(made.model)
+
+    def straight(self):
+        """grid(W0 + s B A), whose gradient is as if the grid were not there, through the whole matrix."""
+        whole = self.sum()
+        return whole if self.grid is None else whole + (self.grid(whole) - whole).detach()
+
+    monkeypatch.setattr(Weight, "factored", False)
+    monkeypatch.setattr(Weight, "value", straight)
+    same, through = gradients(made.model)
+    torch.testing.assert_close(same, seen, rtol=0, atol=1e-5)
+    for name, g in through.items():
+        torch.testing.assert_close(direct[name], g, rtol=0, atol=1e-4 * g.abs().max().item())
+
+
+def test_where_a_grid_clips_on_purpose_the_whole_gradient_is_asked_for(llama):
+    made = load(llama).apply(Grid(scheme="int4-g32", how="percentile-90"), Adapt(r=4))
+    assert not any(w.factored for w in weights(made.model).values())
+
+
+def test_dropout_behind_a_grid_is_refused(llama):
+    with pytest.raises(InputError, match="lora-dropout"):
+        train(llama, "qat-lora", "int4-g32", lora_dropout=0.1)
+
+
+# ---- where it begins
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("to", ["int3-g32", "W4A8", "NF4"])
+def test_qat_lora_goes_on_from_a_solvers_codes(tmp_path, to, dtype):
+    base = folder(tmp_path / "base", dtype=dtype, words=True)
+    begun = load(base).quantize(to, solver="gptq", calibration=TEXT, max_length=24)
+    *before, training, merge, freeze = method_steps("qat-lora", to, {**SHORT, "r": 4}, init="gptq")
+    made = load(base).apply(*before, merge, freeze)
+    assert torch.equal(logits(made.model), logits(begun.model))
+    made = load(base).apply(*before, training)
+    learned = [w.grid for w in weights(made.model).values() if w.grid is not None]
+    assert learned
+    assert all(g.scale is not None for g in learned)
+    assert made.log.trainable > sum(g.scale.numel() for g in learned)
+    trained = logits(made.model)
+    made.apply(merge, freeze)
+    assert torch.equal(logits(made.model), trained)
+    assert not torch.equal(trained, logits(begun.model))
+    assert torch.equal(logits(load(made.save(tmp_path / "out")).model), trained)
+
+
+@pytest.mark.parametrize("held", ["int8-g32", "NF4"])
+def test_qat_lora_holds_its_base_as_codes(tmp_path, llama, held):
+    path = load(llama).quantize(held).save(tmp_path / "held")
+    made = train(path, "qat-lora", "int4-g32", r=4)
+    coded = {n: w for n, w in weights(made.model).items() if isinstance(w.stored, Codes)}
+    assert coded
+    assert all(w.grid.format.name == "int4-g32" for w in coded.values())
+    trained = logits(made.model)
+    again = load(made.save(tmp_path / "adapter"))
+    assert torch.equal(logits(again.model), trained)
+    again.merge()
+    assert torch.equal(logits(again.model), trained)
+    read = load(again.save(tmp_path / "merged"))
+    assert torch.equal(logits(read.model), trained)
+    assert {w.stored.q.format.name for w in weights(read.model).values() if isinstance(w.stored, Codes)} == {"int4-g32"}
+
+
+def test_codes_as_a_base_are_a_teacher_too(tmp_path, llama):
+    path = load(llama).quantize("int8-g32").save(tmp_path / "held")
+    made = train(path, "qat-lora", "int3-g32", r=8, loss="kl", steps=30, learning_rate=3e-3)
+    plain = load(path)
+    plain.quantize("int3-g32")
+    assert made.evaluate(TEXT, against=str(path)).kl_mean < 0.8 * plain.evaluate(TEXT, against=str(path)).kl_mean
+
+
+# ---- how fast
+
+
+def scales(model):
+    return {n: w.grid.scale.detach().clone() for n, w in weights(model).items() if w.grid is not None}
+
+
+def test_scales_have_a_rate_of_their_own(llama):
+    *before, training, _ = method_steps("qat", "int4-g32", {**SHORT, "steps": 1, "warmup_ratio": 0}, init="rtn")
+    moved = {}
+    for ratio in (1.0, 0.1):
+        made = load(llama).apply(*before)
+        begun = scales(made.model)
+        made.apply(training.model_copy(update={"scale_lr_ratio": ratio}))
+        moved[ratio] = max((s - begun[n]).abs().max().item() for n, s in scales(made.model).items())
+    assert moved[0.1] == pytest.approx(0.1 * moved[1.0], rel=0.05)
+
+
+def test_norms_learn_beside_scales_where_that_is_asked_for(tmp_path, llama):
+    norms = lambda model: {n: p.clone() for n, p in model.named_parameters() if "norm" in n}  # noqa: E731
+    before = norms(load(llama).model)
+    for asked in (False, True):
+        made = train(llama, "scales", "int4-g32", norms=asked)
+        after = norms(made.model)
+        assert before
+        assert all(torch.equal(p, after[n]) != asked for n, p in before.items())
+    read = load(made.save(tmp_path / "out"))
+    assert torch.equal(logits(read.model), logits(made.model))
+    for method in ("qat", "qat-lora"):
+        with pytest.raises(InputError, match="--method scales"):
+            train(llama, method, "int4-g32", norms=True)
+
+
+# ---- a warm-up without fake quantization
+
+
+@pytest.mark.parametrize("to", ["int2-g32", "W8A8"])
+def test_the_first_steps_see_no_grid(llama, to):
+    """Three steps of which none sees the grid are three steps of full fine-tuning."""
+    asleep = train(llama, "qat", to, steps=4, lr_scheduler_type="constant", fake_quant_after_n_steps=3)
+    full = train(llama, "full", None, steps=4, lr_scheduler_type="constant")
+    awake = train(llama, "qat", to, steps=4, lr_scheduler_type="constant")
+    losses = [[row["loss"] for row in m.log.curve] for m in (asleep, full, awake)]
+    assert losses[0][:3] == losses[1][:3]
+    assert losses[0][3] != losses[1][3]
+    assert losses[0][0] != losses[2][0]
+    assert not any(w.grid is not None and w.grid.asleep for w in weights(asleep.model).values())
+
+
+@pytest.mark.parametrize("method", ["full", "scales", "lora"])
+def test_a_warm_up_without_a_grid_is_refused(llama, method):
+    with pytest.raises(InputError, match="fake-quant-after-n-steps"):
+        train(llama, method, "int4-g32" if method == "scales" else None, fake_quant_after_n_steps=1)
+
+
+def test_a_warm_up_as_long_as_the_training_is_refused(llama):
+    with pytest.raises(InputError, match="none of 3 steps"):
+        train(llama, "qat", "int4-g32", fake_quant_after_n_steps=3)
