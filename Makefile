@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test readers test-readers bench bench-containers sanitize check format clean
+.PHONY: setup demo test readers test-readers bench bench-containers figures sanitize check format clean
 
 setup: .venv/ready
 
@@ -43,6 +43,11 @@ bench: setup
 # A fine-tuned model in every container, read by the containers' own readers.
 bench-containers: readers
 	$(BIN)/python benchmarks/containers.py --json bench-containers.json $(BENCH)
+
+# The figures of docs/, drawn by the code that they are about.
+figures: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python docs/figures.py
 
 # The kernels' tests on a build that stops at every access outside its memory.
 sanitize: setup

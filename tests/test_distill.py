@@ -1,10 +1,14 @@
 """Distillation: what a model loses against a teacher, and its gradient."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
 import torch
 import torch.nn.functional as F
 
-from halfbyte import distill
-from halfbyte.distill import Distillation
+from halfbyte import InputError, distill
+from halfbyte.distill import Distillation, Remembered, asked
 from halfbyte.train import loss_sum, train
 from test_train import args, batch, toy
 
@@ -25,7 +29,7 @@ def test_loss_and_gradient_are_those_of_the_formula():
 
 def test_the_teacher_itself_loses_nothing_and_stays_as_it_is():
     model, b = toy(), batch(targets=0.4)
-    loss = Distillation(model)(model, b)
+    loss = Distillation(asked(model))(model, b)
     assert loss.item() == 0
     loss.backward()
     assert all(p.grad.abs().max() < 1e-6 for p in model.parameters())
@@ -36,13 +40,40 @@ def test_only_targets_count():
     wanted = b.labels[:, 1:] != -100
     a, c = (m(b.input_ids).logits[:, :-1][wanted].log_softmax(-1) for m in (ours, theirs))
     by_hand = F.kl_div(a, c, reduction="sum", log_target=True)
-    torch.testing.assert_close(Distillation(theirs)(ours, b), by_hand)
-    both = Distillation(theirs, 0.25)(ours, b)
+    torch.testing.assert_close(Distillation(asked(theirs))(ours, b), by_hand)
+    both = Distillation(asked(theirs), 0.25)(ours, b)
     torch.testing.assert_close(both, 0.25 * by_hand + 0.75 * loss_sum(ours, b))
 
 
 def test_training_brings_a_model_to_its_teacher():
     ours, theirs = toy(), toy(seed=1)
-    before = Distillation(theirs)(ours, batch()).item()
-    train(ours, iter(lambda: batch(), None), args(steps=60), loss_of=Distillation(theirs))
-    assert Distillation(theirs)(ours, batch()).item() < before / 2
+    before = Distillation(asked(theirs))(ours, batch()).item()
+    train(ours, iter(lambda: batch(), None), args(steps=60), loss_of=Distillation(asked(theirs)))
+    assert Distillation(asked(theirs))(ours, batch()).item() < before / 2
+
+
+def test_a_teacher_is_run_once_and_remembered(tmp_path):
+    theirs, seen = toy(seed=1), [batch(targets=0.4, seed=i) for i in range(3)]
+    wanted = [Distillation(asked(theirs), 0.5)(toy(), b) for b in seen]
+    kept = Remembered(theirs, theirs.head, seen + seen[:1], tmp_path / "states")
+    assert (tmp_path / "states").stat().st_size == sum(b.targets for b in seen) * 8 * 4  # (targets, 8) in float32
+    theirs.embed.weight.data.zero_()  # of what is before the head nothing is needed any more
+    for b, loss in zip(seen, wanted, strict=True):
+        torch.testing.assert_close(Distillation(kept, 0.5)(toy(), b), loss)
+    turned = [replace(seen[0], input_ids=seen[0].input_ids.flip(0), labels=seen[0].labels.flip(0))]
+    torch.testing.assert_close(Distillation(kept, 0.5)(toy(), turned[0]).isfinite(), torch.tensor(True))
+
+
+def test_a_row_is_remembered_whatever_it_is_padded_to(tmp_path):
+    theirs, short = toy(seed=1), batch(rows=1)
+    kept = Remembered(theirs, theirs.head, [short], tmp_path / "states")
+    padded = replace(short, input_ids=F.pad(short.input_ids, (0, 5)), labels=F.pad(short.labels, (0, 5), value=-100))
+    assert torch.equal(kept(padded), kept(short))
+
+
+def test_a_model_that_does_more_after_its_head_is_refused(tmp_path):
+    theirs = toy(seed=1)
+    forward = theirs.forward
+    theirs.forward = lambda **inputs: SimpleNamespace(logits=5 * forward(**inputs).logits.tanh())
+    with pytest.raises(InputError, match="cache-teacher"):
+        Remembered(theirs, theirs.head, [batch()], tmp_path / "states")

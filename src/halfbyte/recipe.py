@@ -120,6 +120,8 @@ def method_steps(
         raise InputError(f"--loss {loss} holds a model to what it was before it was quantized: for --method {takes}.")
     if teacher is not None and loss == "ce":
         raise InputError(f"--teacher {teacher}: the loss asks no teacher; add --loss kl or --loss both.")
+    if own.get("cache_teacher") and loss == "ce":
+        raise InputError("--cache-teacher: the loss asks no teacher; add --loss kl or --loss both.")
     rest = {**{k: v for k, v in train.items() if k not in own}, **(adapt or {})}
     if rest and not made.adapts:
         raise InputError(f"method {method} does not take {', '.join(rest)}.")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
 from safetensors.torch import load_file
+
+from halfbyte.cli.train import command
+from halfbyte.steps import Train
 
 SMALL = ("--steps", "2", "--batch-size", "2", "--max-length", "64", "--r", "4", "--lr", "1e-2")
 
@@ -22,3 +26,15 @@ def test_use_dora(halfbyte, tiny_llama, tiny_data, tmp_path, flags):
     merged = halfbyte("merge", out, "-o", tmp_path / "merged", "--json")
     assert merged.status == 0, merged.err
     assert merged.json["kl_mean"] < 1e-6
+
+
+def test_every_flag_is_read():
+    """Those of the Train step are handed on by name: one that is misspelt, or whose field is gone, would do nothing."""
+    own = {
+        "context", "model", "output", "method", "to", "group_size", "lr", "teacher", "init", "seed", "adapter", "dtype",
+        "revision", "resume", "overwrite", "json", "target_modules",
+    }  # fmt: skip
+    adapters = {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"}
+    assert set(inspect.signature(command).parameters) - own - adapters == set(Train.model_fields) - {
+        "learning_rate", "on_step", "on_start",
+    }  # fmt: skip

@@ -173,3 +173,19 @@ def test_a_warm_up_without_a_grid_is_refused(llama, method):
 def test_a_warm_up_as_long_as_the_training_is_refused(llama):
     with pytest.raises(InputError, match="none of 3 steps"):
         train(llama, "qat", "int4-g32", fake_quant_after_n_steps=3)
+
+
+# ---- a teacher that is run once
+
+
+@pytest.mark.parametrize("method", ["qat", "qat-lora", "scales"])
+def test_a_cached_teacher_teaches_the_same(llama, method):
+    made = [train(llama, method, "int3-g32", loss="kl", steps=5, cache_teacher=c) for c in (False, True)]
+    asked, cached = ([row["loss"] for row in m.log.curve] for m in made)
+    assert cached == pytest.approx(asked, rel=1e-3)
+    assert made[1].teacher is None
+
+
+def test_a_cache_without_a_teacher_is_refused(llama):
+    with pytest.raises(InputError, match="--loss kl"):
+        train(llama, "qat", "int3-g32", cache_teacher=True)

@@ -23,6 +23,7 @@ from halfbyte.cli.console import (
 
 
 def command(
+    context: typer.Context,
     model: ModelArgument,
     data: Annotated[str, typer.Option(help=".jsonl, .json or .txt: text, messages, prompt/completion, text/label.")],
     output: Output,
@@ -43,6 +44,9 @@ def command(
     lr: Annotated[float | None, typer.Option(help="2e-4 adapters, 2e-5 full, 1e-5 qat, 1e-4 scales.")] = None,
     loss: Annotated[str, typer.Option(help="ce: the text's; kl: from the model as it was; or both.")] = "ce",
     teacher: Annotated[str | None, typer.Option(help="A MODEL that --loss kl holds it to instead.")] = None,
+    cache_teacher: Annotated[
+        bool, typer.Option("--cache-teacher", help="Run it once; keep its states on disk.")
+    ] = False,
     init: Annotated[str | None, typer.Option(help="The solver whose codes qat, qat-lora, scales begin from.")] = None,
     scale_lr_ratio: Annotated[float, typer.Option(help="The rate of scales that are learned, over --lr.")] = 1.0,
     loraplus_lr_ratio: Annotated[float, typer.Option(help="The rate of LoRA's B, over --lr (LoRA+).")] = 1.0,
@@ -72,7 +76,7 @@ def command(
     from halfbyte.folders import CHECKPOINT, check_free, finished, whole
     from halfbyte.recipe import METHODS, method_steps
     from halfbyte.run import to_scheme
-    from halfbyte.steps import Dequantize, Freeze
+    from halfbyte.steps import Dequantize, Freeze, Train
 
     if resume and finished(output, overwrite):
         say(f"{output} is finished; nothing to do.")
@@ -82,17 +86,8 @@ def command(
     check_free(output, overwrite, model, data, eval_data, adapter)
     scheme = None if to is None else to_scheme(to, group_size)
     narrator = _Narrator()
-    settings: dict[str, Any] = {
-        "data": data, "eval_data": eval_data, "eval_split": eval_split, "eval_steps": eval_steps, "steps": steps,
-        "epochs": epochs, "batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps,
-        "max_length": max_length, "packing": packing,
-        "completion_only_loss": completion_only_loss, "assistant_only_loss": assistant_only_loss,
-        "learning_rate": lr, "loss": loss, "scale_lr_ratio": scale_lr_ratio, "loraplus_lr_ratio": loraplus_lr_ratio,
-        "norms": norms, "fake_quant_after_n_steps": fake_quant_after_n_steps, "lr_scheduler_type": lr_scheduler_type,
-        "warmup_ratio": warmup_ratio, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm,
-        "gradient_checkpointing": gradient_checkpointing, "save_steps": save_steps, "on_start": narrator.begin,
-        "on_step": lambda row: narrator.step(row),
-    }  # fmt: skip
+    settings = {k: v for k, v in context.params.items() if k in Train.model_fields}
+    settings |= {"learning_rate": lr, "on_start": narrator.begin, "on_step": lambda row: narrator.step(row)}
     adapt: dict[str, Any] = {
         "r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "use_rslora": use_rslora,
         "use_dora": use_dora,

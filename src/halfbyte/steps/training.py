@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import torch
@@ -12,7 +15,7 @@ from pydantic import Field
 from torch import nn
 
 from halfbyte import adapters, data, evaluate, layers, resume
-from halfbyte.distill import Distillation
+from halfbyte.distill import Distillation, Remembered, asked
 from halfbyte.errors import InputError
 from halfbyte.run import Run
 from halfbyte.steps.step import Positive, Step, check_length, pad_id, read
@@ -33,7 +36,8 @@ class Train(Step):
 
     scale_lr_ratio, loraplus_lr_ratio: the learning rates of scales and zeros, where other parameters are trained with
     them, and of LoRA's B (LoRA+, arXiv:2402.12354), over learning_rate. norms: whether norms are trained beside scales.
-    fake_quant_after_n_steps: steps in which nothing is seen through its grid yet.
+    fake_quant_after_n_steps: steps in which nothing is seen through its grid yet. cache_teacher: whether the teacher is
+    run once, its last hidden states kept on disk beside the output and its head run on them in every step.
     """
 
     data: Any
@@ -50,6 +54,7 @@ class Train(Step):
     loraplus_lr_ratio: Annotated[float, Field(gt=0)] = 1.0
     norms: bool = False
     fake_quant_after_n_steps: Annotated[int, Field(ge=0)] = 0
+    cache_teacher: bool = False
     lr_scheduler_type: str = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -84,17 +89,18 @@ class Train(Step):
         begun = None if where is None else resume.load(where, notes)
         done = 0 if begun is None else len(begun.curve) * args.gradient_accumulation_steps
         sleep(run.model, self.fake_quant_after_n_steps > (0 if begun is None else len(begun.curve)))
-        run.log = train(
-            run.model,
-            data.batches(rows, self.batch_size, seed=run.seed, pad_token_id=pad_id(run), start=done),
-            args,
-            loss_of=self._loss(run),
-            pace=self._pace,
-            begun=begun,
-            on_step=lambda row: self._after(run.model, row),
-            evaluate=None if held is None else lambda: _held_out_loss(run.model, held),
-            save=None if where is None else lambda state: resume.save(where, state, notes),
-        )
+        with TemporaryDirectory(dir=None if where is None else where.parent) as states:
+            run.log = train(
+                run.model,
+                self._stream(rows, run, done),
+                args,
+                loss_of=self._loss(run, rows, args, Path(states)),
+                pace=self._pace,
+                begun=begun,
+                on_step=lambda row: self._after(run.model, row),
+                evaluate=None if held is None else lambda: _held_out_loss(run.model, held),
+                save=None if where is None else lambda state: resume.save(where, state, notes),
+            )
         settle(run.model)
         run.notes |= notes
         for key, source in (("data", self.data), ("eval_data", self.eval_data)):
@@ -112,12 +118,24 @@ class Train(Step):
             return Pace(self.scale_lr_ratio, decays=False)
         return Pace(self.loraplus_lr_ratio) if what == "lora_B" else matrices_decay(name, p)
 
-    def _loss(self, run: Run) -> Any:
+    def _stream(self, rows: data.Dataset, run: Run, done: int = 0) -> Iterator[data.Batch]:
+        return data.batches(rows, self.batch_size, seed=run.seed, pad_token_id=pad_id(run), start=done)
+
+    def _loss(self, run: Run, rows: data.Dataset, args: TrainingArguments, folder: Path) -> Any:
+        """folder: for what is kept of the teacher."""
         if self.loss == "ce":
             return loss_sum
         if run.teacher is None:
             raise InputError(f"loss {self.loss} needs a teacher: add a teacher step before what changes the weights.")
-        return Distillation(run.teacher, SHARES[self.loss])
+        if not self.cache_teacher:
+            return Distillation(asked(run.teacher), SHARES[self.loss])
+        head = run.teacher.get_output_embeddings()
+        if head is None:
+            raise InputError("--cache-teacher: this model has no head to be run again; leave it out.")
+        once = min(args.steps * args.gradient_accumulation_steps, math.ceil(len(rows) / self.batch_size))
+        kept = Remembered(run.teacher, head, islice(self._stream(rows, run), once), folder / "states")
+        run.teacher = None  # of which the head is left
+        return Distillation(kept, SHARES[self.loss])
 
     def _records(self, run: Run) -> tuple[list[data.Record], list[data.Record] | None]:
         records = read(self.data)
