@@ -30,9 +30,10 @@ LEARNING_RATES = {"adapters": 2e-4, "stored": 2e-5, "qat": 1e-5, "scales": 1e-4}
 class Train(Step):
     """Trains adapters if there are any, else scales if the weights are codes, else the whole model.
 
-    steps or epochs (3 by default); learning_rate: by what is trained if left out. eval_split takes that share
-    of the records away from training. Text longer than max_length is split. loss: ce, the cross-entropy of the
-    text; kl, the divergence from what the run's teacher predicts; or both, halves of each.
+    data, eval_data: a file, records, or an encoded Dataset. eval_split takes that share of the records away from
+    training. steps or epochs (3 by default); learning_rate: by what is trained if left out. Text longer than max_length
+    is split. loss: ce, the cross-entropy of the text; kl, the divergence from what the run's teacher predicts; or both,
+    halves of each.
 
     scale_lr_ratio, loraplus_lr_ratio: the learning rates of scales and zeros, where other parameters are trained with
     them, and of LoRA's B (LoRA+, arXiv:2402.12354), over learning_rate. norms: whether norms are trained beside scales.
@@ -137,16 +138,17 @@ class Train(Step):
         run.teacher = None  # of which the head is left
         return Distillation(kept, SHARES[self.loss])
 
-    def _records(self, run: Run) -> tuple[list[data.Record], list[data.Record] | None]:
-        records = read(self.data)
+    def _records(self, run: Run) -> tuple[Any, Any]:
+        """What is trained on, and what is held out, if anything is: records, or an encoded Dataset."""
+        records = _given(self.data)
         if self.eval_data is not None:
-            return records, read(self.eval_data)
-        if self.eval_split:
-            return data.split(records, self.eval_split, run.seed)
-        return records, None
+            return records, _given(self.eval_data)
+        if self.eval_split and isinstance(records, data.Dataset):
+            raise InputError("eval_split takes records away: of data that is encoded, give eval_data.")
+        return data.split(records, self.eval_split, run.seed) if self.eval_split else (records, None)
 
-    def _encode(self, records: list[data.Record], run: Run) -> data.Dataset:
-        rows = self._rows(records, run)
+    def _encode(self, given: Any, run: Run) -> data.Dataset:
+        rows = given if isinstance(given, data.Dataset) else self._rows(given, run)
         check_length(rows, run, "--max-length")
         return rows
 
@@ -176,6 +178,10 @@ class Train(Step):
             learning_rate=rate if self.learning_rate is None else self.learning_rate,
             **{k: getattr(self, k) for k in keep},
         )
+
+
+def _given(source: Any) -> Any:
+    return source if isinstance(source, data.Dataset) else read(source)
 
 
 def _held_out_loss(model: nn.Module, held: data.Dataset) -> float:

@@ -1,0 +1,176 @@
+"""Models trained through a format, and those trained without it and quantized afterwards."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from setting import LENGTH, Setting
+
+from halfbyte import evaluate, recipe
+from halfbyte.layers import Codes, weights
+from halfbyte.run import Run
+from halfbyte.steps import Freeze, Merge, Train
+
+BATCH = 4  # rows of LENGTH tokens a step
+SAMPLES = {"gptq": 16, "autoround": 64}  # rows that a solver is given
+W4 = "int4-g64"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What of a section is run. only: what its rows' names hold. rates: learning rates in place of each row's own."""
+
+    steps: int
+    only: str
+    rates: list[float]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A training. init: the solver that its codes begin from. more: settings of Train and Adapt."""
+
+    name: str
+    method: str
+    rate: float
+    to: str | None = None
+    init: str | None = None
+    loss: str = "ce"
+    text: str = "prose"
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+def chosen(trials: tuple[Trial, ...], asked: Asked) -> Iterator[Trial]:
+    for t in trials:
+        if asked.only in t.name:
+            yield from (replace(t, rate=rate) for rate in asked.rates or [t.rate])
+
+
+@dataclass
+class Result:
+    """there: what was trained. begun: what was measured of it before; None where that is the float model itself."""
+
+    there: Run
+    begun: dict[str, Any] | None
+    seconds: float
+    solving: float
+
+    @property
+    def row(self) -> dict[str, Any]:
+        assert self.there.log is not None
+        log = self.there.log
+        return {"seconds": round(self.seconds), "solving": round(self.solving), "steps": len(log.curve),
+                "trainable": log.trainable, "memory": log.peak_memory, "begun": self.begun}  # fmt: skip
+
+
+def trained(setting: Setting, t: Trial, asked: Asked) -> Result:
+    there, rows = setting.copy(), setting.calibration(t.text, asked.steps * BATCH)
+    settings = {"data": rows, "steps": asked.steps, "batch_size": BATCH, "max_length": LENGTH,
+                "learning_rate": t.rate, "loss": t.loss, **t.more}  # fmt: skip
+    begun, solving, began = None, 0.0, time.perf_counter()
+    for step in recipe.method_steps(t.method, t.to, settings, init=t.init):
+        if isinstance(step, Freeze) and step.solver in SAMPLES:
+            step = step.model_copy(update={"samples": SAMPLES[step.solver]})
+        if isinstance(step, Train) and t.to is not None:
+            solving = time.perf_counter() - began
+            begun = measured(setting, there)
+            began = time.perf_counter()
+        with torch.set_grad_enabled(isinstance(step, Train)):
+            step(there)
+    return Result(there, begun, time.perf_counter() - began, solving)
+
+
+@torch.no_grad()
+def measured(setting: Setting, there: Run) -> dict[str, Any]:
+    there.model.eval()
+    return setting.measured(there)
+
+
+@torch.no_grad()
+def against(setting: Setting, there: Run, other: Run) -> dict[str, Any]:
+    """Of each text: the difference of losses to another model on the same tokens with its 95% interval, and the
+    perplexity."""
+    out = {}
+    for name, rows in setting.texts.items():
+        m = evaluate.measure(there.model, rows, evaluate.Reference(other.model))
+        interval = [m.loss_difference, m.loss_difference_low, m.loss_difference_high]
+        out[name] = {"loss": interval, "perplexity": m.perplexity, "kl": [m.kl_mean, m.kl_error]}
+    return out
+
+
+def held_to_the_teacher(setting: Setting, asked: Asked) -> Iterator[dict]:
+    """KL to the float model, of what a solver leaves and what training makes of it."""
+    trials = (
+        Trial("gptq, scales", "scales", 1e-4, W4, "gptq", "kl"),
+        Trial("gptq, qat-lora", "qat-lora", 1e-4, W4, "gptq", "kl", more={"r": 16}),
+        Trial("gptq, qat", "qat", 1e-5, W4, "gptq", "kl"),
+        Trial("autoround, scales", "scales", 1e-4, W4, "autoround", "kl"),
+        Trial("autoround, qat", "qat", 1e-5, W4, "autoround", "kl"),
+        Trial("gptq, qat, inputs in 8 bits", "qat", 1e-5, "W4A8", "gptq", "kl"),
+    )
+    for t in chosen(trials, asked):
+        found = trained(setting, t, asked)
+        yield {"what": t.to, "name": t.name, "rate": t.rate, **found.row, **measured(setting, found.there)}
+
+
+def _beside_full(setting: Setting, asked: Asked, to: str, trials: tuple[Trial, ...]) -> Iterator[dict]:
+    """A model fine-tuned in full precision, quantized afterwards, and those trained through the format, on the same
+    text for the same steps: each against the first."""
+    full = Trial("full precision", "full", 2e-5)
+    best = trained(setting, full, asked)
+    yield {"what": "float32", "name": full.name, "rate": full.rate, **best.row,
+           **against(setting, best.there, setting.reference)}  # fmt: skip
+    for solver in ("rtn", "gptq"):
+        there = setting.copy()
+        there.model.load_state_dict(best.there.model.state_dict())
+        rows = setting.calibration("prose", SAMPLES["gptq"])
+        with torch.no_grad():
+            Freeze(scheme=to, solver=solver, calibration=rows if solver == "gptq" else "none", samples=len(rows))(there)
+        yield {"what": to, "name": f"full precision, then {solver}", "rate": full.rate,
+               **against(setting, there, best.there)}  # fmt: skip
+    for t in chosen(trials, asked):
+        found = trained(setting, t, asked)
+        yield {"what": to, "name": t.name, "rate": t.rate, **found.row, **against(setting, found.there, best.there)}
+
+
+def eight_bits(setting: Setting, asked: Asked) -> Iterator[dict]:
+    yield from _beside_full(setting, asked, "W8A8", (Trial("qat", "qat", 2e-5, "W8A8"),))
+
+
+def four_bits(setting: Setting, asked: Asked) -> Iterator[dict]:
+    trials = (Trial("qat", "qat", 2e-5, W4), Trial("gptq, qat", "qat", 2e-5, W4, "gptq"))
+    yield from _beside_full(setting, asked, W4, trials)
+
+
+def roads(setting: Setting, asked: Asked) -> Iterator[dict]:
+    """To a fine-tuned model in 4 bits: QLoRA, merged and quantized; and QAT-LoRA, merged."""
+    more = {"r": 16}
+    usual = Trial("qlora", "qlora", 2e-4, text="docstrings", more=more)
+    straight = Trial("qat-lora", "qat-lora", 2e-4, W4, text="docstrings", more=more)
+    found = trained(setting, usual, asked)
+    yield {"what": "NF4 and an adapter", "name": "qlora, unmerged", "rate": usual.rate, **found.row,
+           **measured(setting, found.there)}  # fmt: skip
+    rows: Any = setting.calibration("docstrings", SAMPLES["gptq"])
+    for base in ("trained", "original"):
+        for solver, text in (("rtn", "none"), ("gptq", rows)):
+            there = copy.deepcopy(found.there)
+            with torch.no_grad():
+                if base == "original":
+                    floats = weights(setting.reference.model)
+                    for name, w in weights(there.model).items():
+                        if isinstance(w.stored, Codes):
+                            w.store(floats[name].base().clone())
+                Merge()(there)
+                Freeze(scheme=W4, solver=solver, calibration=text, samples=len(rows))(there)
+            yield {"what": W4, "name": f"qlora, merged into its {base} base, {solver}", "rate": usual.rate,
+                   **measured(setting, there)}  # fmt: skip
+    found = trained(setting, straight, asked)
+    yield {"what": W4, "name": "qat-lora", "rate": straight.rate, **found.row, **measured(setting, found.there)}
+    with torch.no_grad():
+        for step in recipe.merge_steps(found.there):
+            step(found.there)
+    yield {"what": W4, "name": "qat-lora, merged", "rate": straight.rate, **measured(setting, found.there)}
