@@ -4,8 +4,8 @@
     python benchmarks/qat --table FILE ...
 
 The model is SmolLM2-135M off its grid (benchmarks/accuracy/setting.py), the text what it is calibrated on there: 4 rows
-of 512 tokens a step. All is measured on held-out windows of two domains, of which one was trained on; learning rates were
-chosen on windows of the training part that training does not see (`--train --rates LR,LR`).
+of 512 tokens a step. All is measured on held-out windows of two domains, of which one was trained on; learning rates
+were chosen on windows of the training part that training does not see (`--train --rates LR,LR`).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "accuracy"))
 
-import costs  # noqa: E402
-import methods  # noqa: E402
-import tables  # noqa: E402
-from setting import Setting  # noqa: E402
+import costs
+import methods
+import tables
+from setting import Setting
 
 SECTIONS = {
     "kl": methods.held_to_the_teacher, "int8": methods.eight_bits, "w4": methods.four_bits, "roads": methods.roads,
