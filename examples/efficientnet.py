@@ -1,11 +1,12 @@
-"""EfficientNet-Lite0 in 8 bits: fine-tuned on Fashion-MNIST, then rounded (W8A8), and trained through the rounding (QAT).
+"""EfficientNet-Lite0 in 8 bits: fine-tuned on Fashion-MNIST, then rounded, and trained through the rounding (QAT).
 
     make vision                                  fetches packages and images, runs this
     python examples/efficientnet.py [--data FOLDER] [--steps 150] [--to W8A8_STATIC]
 
 The classifier is new. It is trained alone, then everything is, in floats; then batch norms are folded. From there the
-float model and the one that sees its rounding are trained alike: the same images in the same order, the same rates. What is
-measured is test images that nothing was trained or chosen on; differences to the float model are paired, with 95% intervals.
+float model and the one that sees its rounding are trained alike: the same images in the same order, the same rates.
+What is measured on are test images that nothing was trained or chosen by; differences to the float model are paired,
+with 95% intervals.
 """
 
 from __future__ import annotations

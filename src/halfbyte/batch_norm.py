@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,12 +13,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from halfbyte.errors import InputError, reason
 from halfbyte.layers import Codes, Conv, Linear, ops, swap
 
-M = TypeVar("M", bound=nn.Module)
 _NORMS: dict[type[nn.Module], int] = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
 
 
 @torch.no_grad()
-def fold_batch_norms(m: M, pairs: Mapping[str, str] | None = None, keep: Collection[str] = ()) -> M:
+def fold_batch_norms(
+    m: nn.Module, pairs: Mapping[str, str] | None = None, keep: Collection[str] = ()
+) -> nn.Module:  # fmt: skip
     """Folds every batch norm of any module into what it follows, in place. With the running statistics mu, var, and
     the norm's own gamma, beta, eps (arXiv:1712.05877, section 3.2, equation 14),
 
@@ -36,7 +38,8 @@ def fold_batch_norms(m: M, pairs: Mapping[str, str] | None = None, keep: Collect
         raise InputError(f"{wrong[0]!r} is no batch norm of this module; those are {', '.join(norms) or 'none'}.")
     m = swap(m)
     found = _traced(m) if norms and pairs is None else dict(pairs or {})
-    named, folded = dict(ops(m)), {n: b for n, b in norms.items() if n not in keep}
+    named: dict[str, Any] = dict(ops(m))
+    folded = {n: b for n, b in norms.items() if n not in keep}
     for name, norm in folded.items():
         if (why := _refuses(norm, found.get(name), named)) is not None:
             raise InputError(f"{name} cannot be folded: {why}; name it in `keep` to leave it as it is.")
@@ -77,8 +80,9 @@ def _fold(op: Conv | Linear, norm: _BatchNorm) -> None:
     g = (var.double() + norm.eps).rsqrt()
     if norm.affine:
         g = g * norm.weight.double()
-    shift = -mean.double() if op.bias is None else op.bias.double() - mean.double()
-    shift = g * shift if not norm.affine else g * shift + norm.bias.double()
+    shift = -g * mean.double() if op.bias is None else g * (op.bias.double() - mean.double())
+    if norm.affine:
+        shift = shift + norm.bias.double()
     stored = op.weight.stored
     assert isinstance(stored, Tensor)
     op.weight.stored = nn.Parameter((stored.double() * g[:, None]).to(stored.dtype), stored.requires_grad)
@@ -102,12 +106,12 @@ def _traced(m: nn.Module) -> dict[str, str]:
             f"layer's name: {reason(e)}"
         ) from None
     calls = [node for node in graph.nodes if node.op == "call_module"]
-    times: dict[str, int] = {}
+    times = Counter(str(node.target) for node in calls)
+    out = {}
     for node in calls:
-        times[node.target] = times.get(node.target, 0) + 1
-    return {
-        node.target: before.target
-        for node in calls
-        if node.args and isinstance(before := node.args[0], fx.Node) and before.op == "call_module"
-        and len(before.users) == 1 and times[node.target] == times[before.target] == 1
-    }  # fmt: skip
+        name, before = str(node.target), node.args[0] if node.args else None
+        if isinstance(before, fx.Node) and before.op == "call_module" and len(before.users) == 1:
+            layer = str(before.target)
+            if times[name] == times[layer] == 1:
+                out[name] = layer
+    return out

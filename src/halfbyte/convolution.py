@@ -39,7 +39,8 @@ class Conv(RoundsInputs):
         groups: int = 1,
         around: tuple[str, list[int]] | None = None,
     ) -> None:
-        """around: F.pad's mode and numbers, where what surrounds the input is not zeros; padding is then not used."""
+        """around: F.pad's mode and numbers, where what surrounds the input is not zeros, or not as many on both sides;
+        padding is then not used."""
         super().__init__(weight, bias)
         self.kernel = kernel
         self.stride, self.dilation, self.groups, self.around = stride, dilation, groups, around

@@ -1,8 +1,8 @@
-"""Any tensor, and any module of torch's, made codes: no model on disk, no tokenizer, no text. With training or without."""
+"""Any tensor, and any module of torch's, made codes, by training or without: no model on disk, no tokenizer, no text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, overload
 
 import torch
@@ -26,14 +26,10 @@ def quantize(w: Tensor, format: str | Format, qparams: QParams | None = None) ->
 
 
 @overload
-def quantize(
-    w: M, format: str | Scheme | Rules, qparams: None = None, calibration: Iterable[Any] | None = None
-) -> M: ...
+def quantize(w: M, format: str | Scheme | Rules, qparams: None = None, calibration: Iterable[Any] = ()) -> M: ...
 
 
-def quantize(
-    w: Any, format: Any, qparams: QParams | None = None, calibration: Iterable[Any] | None = None
-) -> Any:  # fmt: skip
+def quantize(w: Any, format: Any, qparams: QParams | None = None, calibration: Iterable[Any] = ()) -> Any:
     """A tensor in a format: see halfbyte.kernels.quantize. Or any nn.Module, in place, by a scheme (its name, or a list
     of rules): its Linear, Conv1d, Conv2d, Conv3d and Embedding layers become ops, whose weights are codes, to nearest.
 
@@ -41,20 +37,21 @@ def quantize(
     the codes; a module of the same class that was quantized alike loads it. calibration: what scales of inputs are
     found on, where the scheme has static ones: batches, each a tensor, a tuple of arguments or a dict of them. Gives
     back the module, or the op where `w` is a layer itself. Raises InputError, before any weight is changed, for a
-    scheme that the module cannot have.
+    scheme that the module cannot have; after, for batches that do not reach a layer or give it NaN.
     """
     if isinstance(w, Tensor):
         return kernels.quantize(w, format, qparams)
-    m, chosen = _planned(w, format, calibration)
+    batches = list(calibration)
+    m, chosen = _planned(w, format, batches)
     with torch.no_grad():
         for op, e in chosen.values():
             if e.after is not None and not e.tied_to:
                 op.weight.freeze(kernels.quantize(op.weight.value(), e.after))
-    _round_inputs(m, chosen, calibration)
+    _round_inputs(m, chosen, batches)
     return m
 
 
-def prepare_qat(m: nn.Module, format: str | Scheme | Rules, calibration: Iterable[Any] | None = None) -> nn.Module:
+def prepare_qat(m: nn.Module, format: str | Scheme | Rules, calibration: Iterable[Any] = ()) -> nn.Module:
     """Makes any nn.Module, in place, one whose training sees what it will ship as: the weights that `quantize` would
     make codes are seen through a Grid, inputs through their format, gradients straight through (arXiv:1308.3432). In
     eval it computes what `freeze` makes of it, to the bit. Train it with any loop, halfbyte.train.train too.
@@ -62,14 +59,15 @@ def prepare_qat(m: nn.Module, format: str | Scheme | Rules, calibration: Iterabl
     Arguments and errors: as quantize has them. Static scales are found once, here, and stand still in training: weights
     learn to live with them. Raises InputError also for weights that are codes already, which have nothing to train.
     """
-    m, chosen = _planned(m, format, calibration)
+    batches = list(calibration)
+    m, chosen = _planned(m, format, batches)
     for name, (op, _) in chosen.items():
         if isinstance(op.weight.stored, Codes):
             raise InputError(f"{name} is codes already: train the float weights that they were made from.")
     for op, e in chosen.values():
         if e.after is not None:
             op.weight.grid = Grid(e.after)
-    _round_inputs(m, chosen, calibration)
+    _round_inputs(m, chosen, batches)
     return m
 
 
@@ -87,12 +85,12 @@ def freeze(m: M) -> M:
 Chosen = dict[str, tuple[Op, Entry]]  # by op's name: what gets codes
 
 
-def _planned(m: nn.Module, to: Any, calibration: Iterable[Any] | None) -> tuple[nn.Module, Chosen]:
+def _planned(m: nn.Module, to: Any, batches: list[Any]) -> tuple[nn.Module, Chosen]:
     """The module with ops, and which of them get codes. Raises InputError."""
     chosen = scheme(to) if isinstance(to, str | Scheme) else custom(to)
     if isinstance(chosen, Mix):
         raise InputError(f"{chosen.name} is a mix of ggml's blocks, for language models alone; choose a scheme.")
-    if chosen.static and calibration is None:
+    if chosen.static and not batches:
         raise InputError(f"{chosen.name} rounds inputs by scales that are found on data: give calibration=BATCHES.")
     m = swap(m)
     by_name = {f"{name}.weight": op for name, op in ops(m)}
@@ -103,7 +101,7 @@ def _planned(m: nn.Module, to: Any, calibration: Iterable[Any] | None) -> tuple[
     return m, {e.name.removesuffix(".weight"): (by_name[e.name], e) for e in entries}
 
 
-def _round_inputs(m: nn.Module, chosen: Chosen, calibration: Iterable[Any] | None) -> None:
+def _round_inputs(m: nn.Module, chosen: Chosen, batches: list[Any]) -> None:
     """Sets the input formats, and finds the scales of static ones, with the module in eval."""
     observed = {}
     for name, (op, e) in chosen.items():
@@ -116,14 +114,10 @@ def _round_inputs(m: nn.Module, chosen: Chosen, calibration: Iterable[Any] | Non
     training = [part for part in m.modules() if part.training]
     m.eval()
     try:
-        observe(m, observed, _all(calibration), call=_call)
+        observe(m, observed, batches, call=_call)
     finally:
         for part in training:
             part.training = True
-
-
-def _all(batches: Iterable[Any] | None) -> Sequence[Any]:
-    return list(batches or ())
 
 
 def _call(m: nn.Module, batch: Any) -> Any:

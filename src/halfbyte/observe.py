@@ -14,7 +14,7 @@ from halfbyte import kernels
 from halfbyte.data import Batch
 from halfbyte.errors import InputError
 from halfbyte.formats import Format
-from halfbyte.layers import Linear, RoundsInputs, ops
+from halfbyte.layers import RoundsInputs, ops
 from halfbyte.qtensor import QParams
 from halfbyte.transforms import Fed
 

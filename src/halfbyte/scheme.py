@@ -95,9 +95,7 @@ class Scheme:
         """The same scheme for a module that no folder layout must hold: convolutions get the format of linear layers,
         and rows that no group divides one scale."""
         as_linear = next((r for r in self.rules if r.match == "@linear"), None)
-        rules = tuple(
-            replace(as_linear, match=r.match) if as_linear and r is _CONVOLUTION else r for r in self.rules
-        )
+        rules = tuple(replace(as_linear, match=r.match) if as_linear and r is _CONVOLUTION else r for r in self.rules)
         return replace(self, rules=rules, alone=True)
 
     def with_group(self, group: int) -> Scheme:
