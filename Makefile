@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test readers test-readers bench bench-containers sanitize check format clean
+.PHONY: setup demo test readers test-readers bench bench-containers vision sanitize check format clean
 
 setup: .venv/ready
 
@@ -43,6 +43,18 @@ bench: setup
 # A fine-tuned model in every container, read by the containers' own readers.
 bench-containers: readers
 	$(BIN)/python benchmarks/containers.py --json bench-containers.json $(BENCH)
+
+# EfficientNet-Lite0 to 8 bits. The images are a package of Debian's, unpacked here; VISION="--data FOLDER" gives others.
+FASHION := dataset-fashion-mnist
+IMAGES := build/$(FASHION)/usr/share/datasets/fashion-mnist
+
+vision: setup $(if $(findstring --data,$(VISION)),,$(IMAGES))
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[examples]'
+	$(BIN)/python examples/efficientnet.py --data $(IMAGES) $(VISION)
+
+$(IMAGES):
+	mkdir -p build/deb && cd build/deb && apt-get download $(FASHION)
+	dpkg-deb -x build/deb/$(FASHION)_*.deb build/$(FASHION)
 
 # The kernels' tests on a build that stops at every access outside its memory.
 sanitize: setup

