@@ -58,7 +58,10 @@ def _refuses(norm: _BatchNorm, before: str | None, named: Mapping[str, Any]) -> 
     """Why a batch norm cannot be folded into the op of the name `before`, in words; None where it can."""
     op = None if before is None else named.get(before)
     if not isinstance(op, Conv | Linear):
-        return "it does not follow, alone, the output of a convolution or linear layer that is called once"
+        return (
+            "it does not follow, alone, the output of a convolution or linear layer that is called once, and that "
+            "halfbyte.layers.OPS knows by its class"
+        )
     if type(norm) not in _NORMS or _NORMS[type(norm)] != (len(op.kernel) - 1 if isinstance(op, Conv) else 1):
         return f"{type(norm).__name__} does not norm the channels of {before} ({type(op).__name__})"
     if norm.running_mean is None:

@@ -92,7 +92,7 @@ class Scheme:
         ]
 
     def everywhere(self) -> Scheme:
-        """The same scheme for a module that no folder layout must hold: convolutions get the format of linear layers,
+        """The same scheme for a module that no folder layout must hold: convolutions get the formats of linear layers,
         and rows that no group divides one scale."""
         as_linear = next((r for r in self.rules if r.match == "@linear"), None)
         rules = tuple(replace(as_linear, match=r.match) if as_linear and r is _CONVOLUTION else r for r in self.rules)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from halfbyte import InputError
+from halfbyte import InputError, fold_batch_norms
+from halfbyte.layers import OPS, Conv
 
 FILE = Path(__file__).parents[2] / "examples" / "efficientnet.py"
 
@@ -65,6 +66,29 @@ def test_it_prints_what_was_measured(example, folder, capsys, to):
     assert sizes[1] == sizes[2]
     for row in list(rows.values())[1:]:
         assert all(re.fullmatch(r"[+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\]( %)?", cell) for cell in row[3:])
+
+
+class Conv2dStaticSamePadding(nn.Conv2d):
+    """As the package has it."""
+
+    def __init__(self, *args: int, pad: tuple[int, ...] | None, **kwargs: int | bool) -> None:
+        super().__init__(*args, **kwargs)
+        self.stride = list(self.stride)
+        self.static_padding = nn.Identity() if pad is None else nn.ZeroPad2d(pad)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.static_padding(x))
+
+
+@pytest.mark.parametrize("pad", [None, (0, 1, 0, 1), (1, 1, 1, 1)])
+@torch.no_grad()
+def test_the_packages_convolutions_become_ops(example, monkeypatch, pad):
+    monkeypatch.setitem(OPS, "Conv2dStaticSamePadding", example.same_padding)
+    layer = Conv2dStaticSamePadding(4, 4, 3, stride=2, groups=4, bias=False, pad=pad)
+    model, x = nn.Sequential(layer, nn.BatchNorm2d(4)).eval(), torch.randn(2, 4, 8, 8)
+    before = model(x)
+    torch.testing.assert_close(fold_batch_norms(model)(x), before, rtol=1e-5, atol=1e-5)
+    assert isinstance(model[0], Conv)
 
 
 def test_an_interval_holds_the_mean_and_shrinks(example):
