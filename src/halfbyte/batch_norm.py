@@ -17,9 +17,7 @@ _NORMS: dict[type[nn.Module], int] = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.B
 
 
 @torch.no_grad()
-def fold_batch_norms(
-    m: nn.Module, pairs: Mapping[str, str] | None = None, keep: Collection[str] = ()
-) -> nn.Module:  # fmt: skip
+def fold_batch_norms(m: nn.Module, pairs: Mapping[str, str] | None = None, keep: Collection[str] = ()) -> nn.Module:
     """Folds every batch norm of any module into what it follows, in place. With the running statistics mu, var, and
     the norm's own gamma, beta, eps (arXiv:1712.05877, section 3.2, equation 14),
 

@@ -57,15 +57,18 @@ class Conv(RoundsInputs):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, in, *sizes), or one sample without N."""
-        w, rows = self.weight, self.rounded(x.flatten(-len(self.kernel)))
-        if isinstance(rows, QTensor):
-            codes = self.codes()
-            assert codes is not None
-            if _whole(rows) and _whole(codes):
-                return self._integers(rows, codes, x)
-            rows = kernels.dequantize(rows)
+        w = self.weight
+        if self.input is not None:
+            rows = self.rounded(x.flatten(-len(self.kernel)))
+            if isinstance(rows, QTensor):
+                codes = self.codes()
+                assert codes is not None
+                if _whole(rows) and _whole(codes):
+                    return self._integers(rows, codes, x)
+                rows = kernels.dequantize(rows)
+            x = rows.view(x.shape)
         filters = w.value() if w.grid is None or self.training else w.frozen().dequantize()
-        return self._convolve(rows.view(x.shape), filters.to(x.dtype), self.bias)
+        return self._convolve(x, filters.to(x.dtype), self.bias)
 
     def _integers(self, rows: QTensor, filters: QTensor, x: Tensor) -> Tensor:
         """Integers times integers: no sum is rounded, so that the order they are added in is of no matter. Then scales
