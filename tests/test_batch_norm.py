@@ -29,7 +29,7 @@ class Block(nn.Module):
         self.expand, self.norm = nn.Conv2d(4, 8, 1, bias=False), used(nn.BatchNorm2d(8))
         self.depthwise = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), used(nn.BatchNorm2d(8, eps=1e-3)))
         self.project, self.last = nn.Conv2d(8, 4, 1), used(nn.BatchNorm2d(4, affine=False))
-        self.fc = nn.Sequential(nn.Linear(4, 6, bias=False), used(nn.BatchNorm1d(6)), nn.ReLU())
+        self.fc = nn.Sequential(nn.Linear(4, 6, bias=False), used(nn.BatchNorm1d(6)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = torch.relu(self.norm(self.expand(x)))
