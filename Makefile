@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test readers test-readers bench bench-containers figures sanitize check format clean
+.PHONY: setup demo test readers test-readers bench bench-containers bench-qat figures vision sanitize check format clean
 
 setup: .venv/ready
 
@@ -44,10 +44,27 @@ bench: setup
 bench-containers: readers
 	$(BIN)/python benchmarks/containers.py --json bench-containers.json $(BENCH)
 
+# What training through a format wins back, and what it costs: some hours. BENCH holds further flags.
+bench-qat: setup
+	$(BIN)/python benchmarks/qat --json bench-qat.json $(BENCH)
+	$(BIN)/python benchmarks/qat --table bench-qat.json
+
 # The figures of docs/, drawn by the code that they are about.
 figures: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/python docs/figures.py
+
+# EfficientNet-Lite0 to 8 bits. The images are a package of Debian's, unpacked here; VISION="--data FOLDER" gives others.
+FASHION := dataset-fashion-mnist
+IMAGES := build/$(FASHION)/usr/share/datasets/fashion-mnist
+
+vision: setup $(if $(findstring --data,$(VISION)),,$(IMAGES))
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[examples]'
+	$(BIN)/python examples/efficientnet.py --data $(IMAGES) $(VISION)
+
+$(IMAGES):
+	mkdir -p build/deb && cd build/deb && apt-get download $(FASHION)
+	dpkg-deb -x build/deb/$(FASHION)_*.deb build/$(FASHION)
 
 # The kernels' tests on a build that stops at every access outside its memory.
 sanitize: setup

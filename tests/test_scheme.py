@@ -74,7 +74,8 @@ def test_a_group_that_was_asked_for_is_never_changed(group, inputs):
 @pytest.mark.parametrize("name", SCHEMES)
 def test_where_no_folder_must_hold_it_a_convolution_is_as_a_linear_layer(name):
     s = SCHEMES[name].everywhere()
-    assert s.decide("x", "convolution", (64, 512)).weight == weight(s, shape=(64, 512))
+    found, linear = (s.decide("x", role, (64, 512)) for role in ("convolution", "linear"))
+    assert (found.weight, found.input) == (linear.weight, linear.input)
     assert weight(s, role="head", shape=(64, 512)) is None
 
 

@@ -11,37 +11,28 @@ from torch import Tensor, nn
 
 from halfbyte import kernels
 from halfbyte.convolution import Conv
-from halfbyte.errors import InputError
 from halfbyte.experts import Experts, fused
-from halfbyte.formats import Format, parse
-from halfbyte.qtensor import QParams, QTensor
-from halfbyte.scheme import static
-from halfbyte.weight import Codes, Grid, Weight, moved, needs_base
+from halfbyte.inputs import RoundsInputs
+from halfbyte.qtensor import QTensor
+from halfbyte.weight import Codes, Grid, Weight, needs_base
 
-__all__ = ["OPS", "Codes", "Conv", "Embedding", "Experts", "Grid", "Linear", "Op", "Weight", "ops", "swap", "weights"]
+__all__ = [
+    "OPS", "Codes", "Conv", "Embedding", "Experts", "Grid", "Linear", "Op", "RoundsInputs", "Weight", "ops", "swap",
+    "weights",
+]  # fmt: skip
 
 
-class Linear(nn.Module):
-    """y = x W^T + b with the W of a Weight (out, in).
+class Linear(RoundsInputs):
+    """y = x W^T + b with the W of a Weight (out, in). A row of inputs is a token.
 
     Without a grid the factored path is taken: the base's product, to which each adapter adds its own. With one
     the value is needed; in eval it is quantized once and its codes are multiplied, as they will be after
     saving. transposed: the checkpoint holds (in, out), as GPT-2's Conv1D does; only reading and writing care.
-
-    input: the format that x is rounded to at run time, or None. By rows (tokens), unless `scheme.static` says
-    otherwise: then by a scale, and an integer zero point, that `round_inputs` was given and that are saved. Their
-    buffers have the names and dtypes that compressed-tensors gives them, and keep those through a cast.
     """
 
-    input_scale: Tensor | None
-    input_zero_point: Tensor | None
-
     def __init__(self, weight: Weight, bias: nn.Parameter | None = None, transposed: bool = False) -> None:
-        super().__init__()
-        self.weight, self.bias, self.transposed = weight, bias, transposed
-        self._input: Format | None = None
-        self.register_buffer("input_scale", None)  # (1,), a float
-        self.register_buffer("input_zero_point", None)  # (1,) int8, less than the code by half of the codes' number
+        super().__init__(weight, bias)
+        self.transposed = transposed
 
     @property
     def in_features(self) -> int:
@@ -51,57 +42,22 @@ class Linear(nn.Module):
     def out_features(self) -> int:
         return self.weight.shape[-2]
 
-    @property
-    def input(self) -> Format | None:
-        return self._input
-
-    @input.setter
-    def input(self, f: Format | None) -> None:
-        if f != self._input:  # scales are those of one format
-            self._input, self.input_scale, self.input_zero_point = f, None, None
-
-    def round_inputs(self, f: Format, p: QParams) -> None:
-        """Inputs are rounded to a static format from now on, by p's scale, kept in its dtype, and zero point."""
-        self.input = f
-        self.input_scale = p.scale.detach().reshape(1).clone()
-        if p.zero is not None:
-            self.input_zero_point = (p.zero.detach().reshape(1) - (1 << (f.bits - 1))).to(torch.int8)
-
-    @property
-    def input_qparams(self) -> QParams | None:
-        """What inputs of a static format are rounded by, each (1,) float32; None where it is not known."""
-        if self._input is None or self.input_scale is None:
-            return None
-        zero = self.input_zero_point
-        half = 1 << (self._input.bits - 1)
-        return QParams(self.input_scale.float(), None if zero is None else zero.float() + half)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
-        """A cast leaves the scale of inputs as it is, as Codes leaves its parts."""
-        scale = self.input_scale
-        super()._apply(fn, recurse)
-        self.input_scale = None if scale is None else moved(scale, fn)
-        return self
-
     def forward(self, x: Tensor) -> Tensor:
-        w = self.weight
-        if self._input is not None and not w.asleep:
-            f, p = self._rounding(x, self._input)
-            beside = w.adapters and w.grid is None  # which take x as floats
-            codes = None if beside or torch.is_grad_enabled() else self._codes()
-            if codes is not None:
-                return kernels.linear(kernels.quantize(x, f, p), codes, self.bias)
-            x = kernels.fake(x, f, p)
-        y = self.product(x, self.bias)
+        w, rows = self.weight, self.rounded(x)
+        if isinstance(rows, QTensor):
+            codes = self.codes()
+            assert codes is not None
+            return kernels.linear(rows, codes, self.bias)
+        y = self.product(rows, self.bias)
         if w.grid is None:
             for adapter in w.adapters.values():
-                y = adapter(x, y, self) if needs_base(adapter) else adapter(x, y)
+                y = adapter(rows, y, self) if needs_base(adapter) else adapter(rows, y)
         return y
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., in) times what is stored, or what the grid makes of the weight, plus bias: (..., out)."""
         w = self.weight
-        if (codes := self._codes()) is not None:
+        if (codes := self.codes()) is not None:
             return kernels.linear(_autocast(x), codes, None if bias is None else _autocast(bias))
         if w.grid is None:
             return F.linear(x, w.base().to(x.dtype), bias)
@@ -113,26 +69,6 @@ class Linear(nn.Module):
                 y = _Trained.apply(y, adapter(x.detach(), y.new_zeros(())))
             return y  # pyright: ignore[reportReturnType]
         return F.linear(x, w.value().to(x.dtype), bias)
-
-    def _codes(self) -> QTensor | None:
-        """What can be multiplied as codes: frozen ones, and in eval what a grid makes of the value."""
-        w = self.weight
-        if w.grid is not None:
-            return None if self.training else w.frozen()
-        return w.stored.q if isinstance(w.stored, Codes) and not w.stored.learned else None
-
-    def _rounding(self, x: Tensor, f: Format) -> tuple[Format, QParams]:
-        """What x is rounded to, and by which scales. Those of a static format are given to every token, which gives the
-        same codes: integer products take scales by rows. Raises InputError where they are not known."""
-        if not static(f):
-            return f, kernels.qparams(x.detach(), f, "absmax")
-        if (p := self.input_qparams) is None:
-            raise InputError(
-                f"inputs are rounded to {f} by a scale that is not known yet: calibrate first (quantize --calibration)."
-            )
-        rows = (*x.shape[:-1], 1)
-        zero = None if p.zero is None else p.zero.expand(rows)
-        return parse(f.name.replace("-tensor", "-channel")), QParams(p.scale.expand(rows), zero)
 
 
 class _Trained(torch.autograd.Function):

@@ -1,7 +1,8 @@
-"""Any tensor, and any module of torch's, made codes: no model on disk, no tokenizer, no text."""
+"""Any tensor, and any module of torch's, made codes, trained or not: no model on disk, no tokenizer, no text."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, overload
 
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor, nn
 from halfbyte import kernels
 from halfbyte.errors import InputError
 from halfbyte.formats import Format
-from halfbyte.layers import Linear, ops, swap
-from halfbyte.plan import plan
+from halfbyte.layers import Codes, Grid, Op, RoundsInputs, ops, swap, weights
+from halfbyte.observe import observe
+from halfbyte.plan import Entry, plan
 from halfbyte.qtensor import QParams, QTensor
-from halfbyte.scheme import Mix, Scheme, custom, scheme
+from halfbyte.scheme import Mix, Scheme, custom, scheme, static
 
 M = TypeVar("M", bound=nn.Module)
+Rules = list[dict[str, str]]
 
 
 @overload
@@ -23,37 +26,101 @@ def quantize(w: Tensor, format: str | Format, qparams: QParams | None = None) ->
 
 
 @overload
-def quantize(w: M, format: str | Scheme | list[dict[str, str]], qparams: None = None) -> M: ...
+def quantize(w: M, format: str | Scheme | Rules, qparams: None = None, calibration: Iterable[Any] = ()) -> M: ...
 
 
-def quantize(w: Any, format: Any, qparams: QParams | None = None) -> Any:
+def quantize(w: Any, format: Any, qparams: QParams | None = None, calibration: Iterable[Any] = ()) -> Any:
     """A tensor in a format: see halfbyte.kernels.quantize. Or any nn.Module, in place, by a scheme (its name, or a list
     of rules): its Linear, Conv1d, Conv2d, Conv3d and Embedding layers become ops, whose weights are codes, to nearest.
 
     Convolutions take part as linear layers do, for here no folder that others read must hold them. The state dict holds
-    the codes; a module of the same class that was quantized alike loads it. Gives back the module, or the op where `w`
-    is a layer itself. Raises InputError, before any weight is changed, for a scheme that the module cannot have.
+    the codes; a module of the same class that was quantized alike loads it. calibration: what scales of inputs are
+    found on, where the scheme has static ones: batches, each a tensor, a tuple of arguments or a dict of them. Gives
+    back the module, or the op where `w` is a layer itself. Raises InputError, before any weight is changed, for a
+    scheme that the module cannot have; after, for batches that do not reach a layer or give it NaN.
     """
-    return kernels.quantize(w, format, qparams) if isinstance(w, Tensor) else _module(w, format)
+    if isinstance(w, Tensor):
+        return kernels.quantize(w, format, qparams)
+    batches = list(calibration)
+    m, chosen = _planned(w, format, batches)
+    with torch.no_grad():
+        for op, e in chosen.values():
+            if e.after is not None and not e.tied_to:
+                op.weight.freeze(kernels.quantize(op.weight.value(), e.after))
+    _round_inputs(m, chosen, batches)
+    return m
 
 
-@torch.no_grad()
-def _module(m: nn.Module, to: str | Scheme | list[dict[str, str]]) -> nn.Module:
+def prepare_qat(m: nn.Module, format: str | Scheme | Rules, calibration: Iterable[Any] = ()) -> nn.Module:
+    """Makes any nn.Module, in place, one whose training sees what it will ship as: the weights that `quantize` would
+    make codes are seen through a Grid, inputs through their format, gradients straight through (arXiv:1308.3432). In
+    eval it computes what `freeze` makes of it, to the bit. Train it with any loop, halfbyte.train.train too.
+
+    Arguments and errors: as quantize has them. Static scales are found once, here, and stand still in training: weights
+    learn to live with them. Raises InputError also for weights that are codes already, which have nothing to train.
+    """
+    batches = list(calibration)
+    m, chosen = _planned(m, format, batches)
+    for name, (op, _) in chosen.items():
+        if isinstance(op.weight.stored, Codes):
+            raise InputError(f"{name} is codes already: train the float weights that they were made from.")
+    for op, e in chosen.values():
+        if e.after is not None:
+            op.weight.grid = Grid(e.after)
+    _round_inputs(m, chosen, batches)
+    return m
+
+
+def freeze(m: M) -> M:
+    """Ends quantization-aware training, in place: every weight that is seen through a grid becomes the codes that this
+    makes of it, and the module is in eval. Gives it back. Raises InputError where no weight is."""
+    seen = [w for w in weights(m).values() if w.grid is not None]
+    if not seen:
+        raise InputError("no weight of this module is seen through a grid: call prepare_qat before training.")
+    for w in seen:
+        w.freeze()
+    return m.eval()
+
+
+Chosen = dict[str, tuple[Op, Entry]]  # by op's name: what gets codes
+
+
+def _planned(m: nn.Module, to: Any, batches: list[Any]) -> tuple[nn.Module, Chosen]:
+    """The module with ops, and which of them get codes. Raises InputError."""
     chosen = scheme(to) if isinstance(to, str | Scheme) else custom(to)
     if isinstance(chosen, Mix):
         raise InputError(f"{chosen.name} is a mix of ggml's blocks, for language models alone; choose a scheme.")
-    if chosen.static:
-        raise InputError(f"{chosen.name} rounds inputs by scales that are found on text, which a module has none of.")
+    if chosen.static and not batches:
+        raise InputError(f"{chosen.name} rounds inputs by scales that are found on data: give calibration=BATCHES.")
     m = swap(m)
     by_name = {f"{name}.weight": op for name, op in ops(m)}
     entries = [e for e in plan(m, chosen.everywhere()) if e.after is not None]
     for e in entries:
         if not by_name[e.name].weight.value().isfinite().all():
             raise InputError(f"{e.name} holds NaN or infinity, which has no code in {e.after}.")
-    for e in entries:
-        op = by_name[e.name]
-        if e.after is not None and not e.tied_to:
-            op.weight.freeze(kernels.quantize(op.weight.value(), e.after))
-        if isinstance(op, Linear):
+    return m, {e.name.removesuffix(".weight"): (by_name[e.name], e) for e in entries}
+
+
+def _round_inputs(m: nn.Module, chosen: Chosen, batches: list[Any]) -> None:
+    """Sets the input formats, and finds the scales of static ones, with the module in eval."""
+    observed = {}
+    for name, (op, e) in chosen.items():
+        if isinstance(op, RoundsInputs):
             op.input = e.input
-    return m
+            if e.input is not None and static(e.input):
+                observed[name] = e.input
+    if not observed:
+        return
+    training = [part for part in m.modules() if part.training]
+    m.eval()
+    try:
+        observe(m, observed, batches, call=_call)
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _call(m: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return m(**batch)
+    return m(*(batch if isinstance(batch, tuple | list) else (batch,)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from halfbyte import kernels
 from halfbyte.data import Batch
 from halfbyte.errors import InputError
 from halfbyte.formats import Format
-from halfbyte.layers import Linear, ops
+from halfbyte.layers import RoundsInputs, ops
 from halfbyte.qtensor import QParams
 from halfbyte.transforms import Fed
 
@@ -26,12 +26,14 @@ ROWS = 512  # tokens whose inputs are kept for a transform
 def observe(
     model: nn.Module,
     inputs: Mapping[str, Format],
-    batches: list[Batch],
+    batches: Sequence[Any],
     how: str = "mse",
     on_batch: Callable[[int, int], None] = lambda done, total: None,
+    call: Callable[[nn.Module, Any], Any] = lambda model, batch: model(**batch.inputs),
 ) -> None:
-    """Has the named ops (Linear) round their inputs to static formats, by scales found on batches in which none of
-    them is rounded yet. What is kept of inputs meanwhile is a range and a histogram an op, whatever their number.
+    """Has the named ops (Linear, Conv) round their inputs to static formats, by scales found on batches in which none
+    of them is rounded yet. What is kept of inputs meanwhile is a range and a histogram an op, whatever their number.
+    call: how the model is given a batch, which is one of halfbyte.data's if it is left out.
 
     how: what of the inputs' magnitudes is covered, all else being clipped: "minmax" all, "percentile-99.99" that
     share of them, "mse" what has the least squared error (the default: SmolLM2 in W8A8_STATIC is 0.47 of KL away from
@@ -39,7 +41,7 @@ def observe(
     NaN or infinity, and for an op that the batches do not reach.
     """
     check(how)
-    by_name = {name: op for name, op in ops(model) if name in inputs and isinstance(op, Linear)}
+    by_name = {name: op for name, op in ops(model) if name in inputs and isinstance(op, RoundsInputs)}
     seen = {name: Seen(name, binned=how != "minmax") for name in inputs}
     handles = [op.register_forward_pre_hook(partial(_look, seen[name])) for name, op in by_name.items()]
     try:
@@ -47,7 +49,7 @@ def observe(
             op.input = None
         for i, batch in enumerate(batches):
             with torch.inference_mode():
-                model(**batch.inputs)
+                call(model, batch)
             on_batch(i + 1, len(batches))
     finally:
         for handle in handles:
@@ -128,7 +130,7 @@ class Seen:
         x = x.float()
         low, high = (float(end) for end in x.aminmax())
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise InputError(f"the inputs of {self.name} hold NaN or infinity on the calibration text.")
+            raise InputError(f"the inputs of {self.name} hold NaN or infinity on the calibration data.")
         self.low, self.high = min(self.low, low), max(self.high, high)
         if not self.binned:
             return
@@ -141,7 +143,7 @@ class Seen:
     def qparams(self, f: Format, how: str) -> QParams:
         """Scale and zero point of f, each (1,), by one of `observe`'s ways. Raises InputError if nothing was seen."""
         if self.low > self.high:
-            raise InputError(f"the calibration text never reaches {self.name}, so that its inputs have no scale.")
+            raise InputError(f"the calibration data never reaches {self.name}, so that its inputs have no scale.")
         percent = check(how)
         clip = self._least(f) if how == "mse" else self.largest if percent is None else self._percentile(percent)
         return self._clipped(f, clip)

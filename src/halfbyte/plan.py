@@ -81,8 +81,8 @@ def plan(model: nn.Module, chosen: Scheme | Mix) -> list[Entry]:
             out.append(_with(e, None, None, "not a matrix" if len(e.shape) < 2 or rule is None else rule.why))
             continue
         rule = scheme.decide(module, e.role, e.shape)
-        # a convolution's inputs have no rows by which they could be rounded
-        out.append(_with(e, rule.weight, None if e.role == "convolution" else rule.input, rule.why))
+        kept = e.role == "convolution" and not scheme.alone  # no folder of others has a place for what rounds them
+        out.append(_with(e, rule.weight, None if kept else rule.input, rule.why))
     if unnamed:
         raise InputError(
             f"scheme {scheme.name} would leave {len(unnamed)} weights in {_dtype(torch.bfloat16)} or more without "

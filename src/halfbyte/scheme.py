@@ -39,13 +39,14 @@ class Rule:
 
 @dataclass(frozen=True)
 class Scheme:
-    """fits: whether a group that does not divide a layer may become a smaller one (presets) or is an error. rows:
-    whether it may become a whole row, where no smaller one divides."""
+    """fits: whether a group that does not divide a layer may become a smaller one (presets) or is an error. alone:
+    whether no folder of others must hold the result: a group may then become a whole row, where no smaller one divides,
+    and convolutions round their inputs too."""
 
     name: str
     rules: tuple[Rule, ...]
     fits: bool = False
-    rows: bool = False
+    alone: bool = False
 
     @property
     def static(self) -> bool:
@@ -65,7 +66,7 @@ class Scheme:
             return rule
         group = next((g for g in _SMALLER if g < f.group and shape[-1] % g == 0), None)
         by_row = f.name.replace(f"-g{f.group}", "-channel")
-        if self.fits and self.rows and group is None and by_row != f.name:
+        if self.fits and self.alone and group is None and by_row != f.name:
             return replace(rule, weight=parse(by_row), why=f"by channel: {f.group} does not divide {shape[-1]}")
         if not self.fits or group is None:
             raise InputError(
@@ -91,13 +92,11 @@ class Scheme:
         ]
 
     def everywhere(self) -> Scheme:
-        """The same scheme for a module that no folder layout must hold: convolutions get the format of linear layers,
+        """The same scheme for a module that no folder layout must hold: convolutions get the formats of linear layers,
         and rows that no group divides one scale."""
         as_linear = next((r for r in self.rules if r.match == "@linear"), None)
-        rules = tuple(
-            replace(r, weight=as_linear.weight, why="") if as_linear and r is _CONVOLUTION else r for r in self.rules
-        )
-        return replace(self, rules=rules, rows=True)
+        rules = tuple(replace(as_linear, match=r.match) if as_linear and r is _CONVOLUTION else r for r in self.rules)
+        return replace(self, rules=rules, alone=True)
 
     def with_group(self, group: int) -> Scheme:
         """The same scheme with a group size that the user gave: never changed to fit a layer."""

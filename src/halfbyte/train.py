@@ -186,9 +186,10 @@ def train(
     """Trains what requires a gradient, on `args.steps` steps of batches from an endless stream, in place.
 
     A step's loss is the mean over the targets of all its accumulated batches, each target counting the same.
-    loss_of: what is made small: of a batch the sum over its targets. pace: of a parameter by name. begun: where an
-    interrupted run goes on; the stream must start there too. on_step sees each row of the curve; evaluate gives a
-    held-out loss every `eval_steps`; save gets the state every `save_steps`.
+    loss_of: what is made small: of a batch the sum over its targets; a loss of one's own may take batches of any kind
+    that tell their number of `targets` and of `tokens`. pace: of a parameter by name. begun: where an interrupted run
+    goes on; the stream must start there too. on_step sees each row of the curve; evaluate gives a held-out loss every
+    `eval_steps`; save gets the state every `save_steps`.
     Raises InputError if nothing is trainable, Diverged if the loss or gradient is not finite.
     """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}

@@ -6,14 +6,17 @@ import bisect
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from halfbyte.data.chat import encode_chat
 from halfbyte.data.records import Record, records, sha256
 from halfbyte.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Sample = tuple[list[int], list[bool]]  # token ids, and which of them are to be predicted
 
