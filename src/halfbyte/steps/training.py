@@ -19,6 +19,7 @@ from halfbyte.steps.step import Positive, Step, check_length, pad_id, read
 from halfbyte.train import TrainingArguments, loss_sum, train
 
 SHARES = {"kl": 1.0, "both": 0.5}  # of the divergence in a loss
+ENCODING = ("max_length", "packing", "completion_only_loss", "assistant_only_loss")  # how records become rows
 LEARNING_RATES = {"adapters": 2e-4, "stored": 2e-5, "qat": 1e-5, "scales": 1e-4}
 
 
@@ -67,8 +68,9 @@ class Train(Step):
         notes = {
             "base_sha256": run.loaded.sha256, "dtype": str(run.loaded.config.dtype).removeprefix("torch."),
             "data_sha256": rows.sha256, "data_kind": rows.kind, "data_tokens": rows.tokens, "trained": what,
-            "training": {**vars(args), "loss": self.loss, "batch_size": self.batch_size, "max_length": self.max_length,
-                         "seed": run.seed},
+            "training": {**vars(args), "loss": self.loss, "batch_size": self.batch_size, "seed": run.seed,
+                         **{k: getattr(self, k) for k in ENCODING}},
+            **({} if held is None else {"eval_data_sha256": held.sha256}),
         }  # fmt: skip
         torch.manual_seed(run.seed)
         where = run.checkpoint
@@ -89,6 +91,11 @@ class Train(Step):
         for key, source in (("data", self.data), ("eval_data", self.eval_data)):
             if isinstance(source, str | Path):
                 run.notes[key] = str(Path(source).absolute())
+
+    def held_out_loss(self, run: Run, records: list[data.Record]) -> float:
+        """The loss on records, as it is measured while training: eval_loss in a ledger. Raises InputError for records
+        that cannot be encoded."""
+        return _held_out_loss(run.model, self._encode(records, run))
 
     def _loss(self, run: Run) -> Any:
         if self.loss == "ce":
