@@ -204,6 +204,7 @@ def _load_adapter(path: Path, dtype: torch.dtype | None, seed: int) -> Run:
             raise InputError(f"{path}: its base model is no longer at {base}; put it back, or correct {peft.CONFIG}.")
         base = str(beside)
     notes = read_json(path / NOTES) if (path / NOTES).exists() else {}
+    notes.pop("sha256", None)  # of that folder, not of what is made of it
     run = Run(models.load(base, dtype or parse_dtype(notes.get("dtype"))), seed)
     if notes.get("dequantized"):
         dequantize(run)

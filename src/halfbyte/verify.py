@@ -21,6 +21,8 @@ from halfbyte.steps import ENCODING, Evaluate, Train
 FIGURES = ("perplexity", "loss", "accuracy", "loss_difference", "kl_mean", "top1_agreement")
 OF_REFERENCE = ("loss_difference", "kl_mean", "top1_agreement")
 RELATIVE, ABSOLUTE = 5e-3, 1e-3  # what other kernels and other processors may change in a figure
+_NUMBERS = (*FIGURES, "eval_loss", "bits_per_weight", "bytes", "tokens", "windows", "context")
+_WORDS = ("data_sha256", "against_sha256", "conventions")
 OnBatch = Callable[[int, int], None]
 
 
@@ -59,8 +61,10 @@ def verify(
         raise InputError(f"{path} is not a folder; of a file nothing is recorded that could be verified.")
     records = [] if given is None else data.read_records(given)
     theirs = None if base is None else models.resolve(base)
-    yield from files(path, theirs, None if delta is None else Delta(Path(delta)))
-    yield from ledger(path, theirs, records, on_batch)
+    read, rows = None if delta is None else Delta(Path(delta)), _rows(path / evaluate.LEDGER)
+    yield from files(path, theirs, read)
+    if rows:
+        yield from ledger(path, rows, theirs, records, on_batch)
 
 
 # --- files
@@ -96,13 +100,13 @@ def _notes(path: Path) -> dict[str, Any]:
 # --- the ledger
 
 
-def ledger(path: Path, base: Path | None, given: list[data.Record], on_batch: OnBatch) -> Iterator[Finding]:
-    """The figures that ledger.json claims of this model, measured again where there is the data: what is given, or
+def ledger(
+    path: Path, rows: list[dict[str, Any]], base: Path | None, given: list[data.Record], on_batch: OnBatch
+) -> Iterator[Finding]:  # fmt: skip
+    """The figures that a ledger's rows claim of this model, measured again where there is the data: what is given, or
     lies where the notes say. A figure against a reference needs that reference as the base. Rows of more or fewer bits
     a weight are of an earlier stage, and of several on the same data the last counts."""
-    rows, notes = _rows(path / evaluate.LEDGER), _notes(path)
-    if not rows:
-        return
+    notes = _notes(path)
     texts = _texts(given, notes)
     run = load(path)
     bits = run.bits_per_weight()
@@ -134,11 +138,16 @@ def _rows(file: Path) -> list[dict[str, Any]]:
         rows = None
     if not isinstance(rows, list) or not all(isinstance(r, dict) and isinstance(r.get("stage"), str) for r in rows):
         raise InputError(f"{file} is not a list of a ledger's rows.")
-    numbers = (*FIGURES, "eval_loss", "bits_per_weight", "bytes", "tokens", "windows", "context")
     for row in rows:
-        if bad := [k for k in numbers if not isinstance(row.get(k), int | float | None)]:
+        if bad := [k for k in _NUMBERS if not _is_number(row.get(k))]:
             raise InputError(f"{file}: {bad[0]} of {row['stage'][:80]!r} is no number.")
+        if bad := [k for k in _WORDS if not isinstance(row.get(k), str | None)]:
+            raise InputError(f"{file}: {bad[0]} of {row['stage'][:80]!r} is no text.")
     return rows
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 63)
 
 
 def _texts(given: list[data.Record], notes: dict[str, Any]) -> dict[str, list[data.Record]]:
