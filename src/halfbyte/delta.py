@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from halfbyte import models
@@ -15,10 +15,11 @@ OnBytes = Callable[[int, int], None]
 
 def export(
     model: str | Path, base: str | Path, output: str | Path, overwrite: bool = False, verify: bool = True,
-    on_bytes: OnBytes = lambda done, total: None,
+    on_bytes: OnBytes = lambda done, total: None, without: Sequence[str] = (),
 ) -> Manifest:  # fmt: skip
     """Writes OUT.delta, from which every byte of `model` is rebuilt where `base` is: both are folders, hub ids or
-    .gguf files. verify: whether it is rebuilt and held against the hashes before it is kept. Raises InputError for an
+    .gguf files. verify: whether it is rebuilt and held against the hashes before it is kept. without: files or
+    folders of the model that are not sent, such as "masters". Raises InputError for an
     output of another name or that exists, and for what is no model."""
     output = Path(output)
     if output.suffix != SUFFIX:
@@ -28,7 +29,7 @@ def export(
     if output.resolve().is_relative_to(ours.resolve()):
         raise InputError(f"{output} would lie in the folder that is sent; choose another -o.")
     with whole_file(output, overwrite) as partial:
-        manifest = write(ours, theirs, partial, on_bytes)
+        manifest = write(ours, theirs, partial, on_bytes, without)
         if verify:
             Delta(partial).rebuild(theirs, None)
     return manifest

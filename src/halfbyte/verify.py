@@ -108,7 +108,7 @@ def ledger(
     a weight are of an earlier stage, and of several on the same data the last counts."""
     notes = _notes(path)
     texts = _texts(given, notes)
-    run = load(path)
+    run = load(path, weights=False)
     bits = run.bits_per_weight()
     last: dict[Any, dict[str, Any]] = {}
     for row in rows:
@@ -171,6 +171,7 @@ def _measured(
     if (records := texts.get(str(row.get("data_sha256")))) is None:
         yield _unread(stage, row.get("data_sha256"))
         return
+    run.read_weights()
     against = base if base is not None and wanted and base_sha256(base) == wanted else None
     again = _again(row, run, records, against, on_batch)
     if again["tokens"] != row["tokens"]:
@@ -207,6 +208,7 @@ def _held_out(
     if (records := texts.get(str(sha256))) is None or not isinstance(settings, dict):
         yield _unread(what, sha256)
         return
+    run.read_weights()
     step = Train(data=records, **{k: settings[k] for k in ENCODING if k in settings})
     yield _figure(what, row["eval_loss"], step.held_out_loss(run, records))
 

@@ -84,6 +84,23 @@ def test_codes_that_moved(halfbyte, sent, tmp_path):
     assert contents(tmp_path / "out") == contents(model)
 
 
+def test_what_is_left_out(halfbyte, refused, sent, tmp_path):
+    """The floats of a model that was trained through a grid, which are most of its bytes."""
+    model = shutil.copytree(sent["tuned"], tmp_path / "model")
+    (model / "masters").mkdir()
+    save_file({"w": torch.randn(500, 500)}, model / "masters" / "masters.safetensors")
+    export = ("export", model, "--base", sent["base"], "--overwrite", "-o", tmp_path / "x.delta", "--json")
+    said = halfbyte(*export)
+    assert said.json["bytes"] > 500_000
+    assert "--without masters" in said.err
+    said = halfbyte(*export, "--without", "masters", "--without", "README.md")
+    assert said.json["bytes"] < 20_000
+    assert halfbyte("apply", sent["base"], tmp_path / "x.delta", "-o", tmp_path / "out").status == 0
+    all_but = {n: b for n, b in contents(sent["tuned"]).items() if n != "README.md"}
+    assert contents(tmp_path / "out") == all_but
+    refused(*export, "--without", "master", words="--without master: ")
+
+
 def test_what_is_there_is_replaced_only_when_asked(halfbyte, refused, sent, tmp_path):
     file, out = shutil.copy(sent["delta"], tmp_path), tmp_path / "out"
     export = ("export", sent["tuned"], "--base", sent["base"], "-o", file)

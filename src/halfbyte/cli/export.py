@@ -35,6 +35,9 @@ def command(
         str | None, typer.Option(help="Q4_K_M, Q8_0, F16, W4A16 ...; weights stay as they are if left out.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="For a delta: the MODEL that who gets it has.")] = None,
+    without: Annotated[
+        list[str] | None, typer.Option(help="For a delta: a file or folder of MODEL that is not sent, as masters.")
+    ] = None,
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Codes on another grid may be rounded again.")
     ] = False,
@@ -62,7 +65,8 @@ def command(
             "--format": format, "--requantize": requantize, "--calibration": calibration, "--samples": samples,
             "--imatrix": imatrix, "--data": data, "--max-kl": max_kl, "--dtype": dtype, "--revision": revision,
         }  # fmt: skip
-        _delta(model, base, output, [name for name, value in other.items() if value], no_verify, overwrite, json)
+        unfit = [name for name, value in other.items() if value]
+        _delta(model, base, output, without or [], unfit, no_verify, overwrite, json)
         return
     from halfbyte import export
     from halfbyte.data import read_records
@@ -71,8 +75,8 @@ def command(
     from halfbyte.kinds import kind
     from halfbyte.run import disk_bytes, parse_dtype
 
-    if base is not None:
-        raise InputError("--base is of --to delta.")
+    if base is not None or without:
+        raise InputError(f"{'--without' if base is None else '--base'} is of --to delta.")
     target = kind(to, output)
     check_free(output, overwrite, model, data, calibration, imatrix)
     records = None if data is None else read_records(data)
@@ -91,17 +95,21 @@ def command(
 
 
 def _delta(
-    model: str, base: str | None, output: Path, other: list[str], no_verify: bool, overwrite: bool, json: bool
+    model: str, base: str | None, output: Path, without: list[str], unfit: list[str], no_verify: bool, overwrite: bool,
+    json: bool,
 ) -> None:  # fmt: skip
     """What differs from the base, and nothing else is done to a model that is sent."""
     from halfbyte.delta import export
     from halfbyte.errors import InputError
+    from halfbyte.run import MASTERS
 
     if base is None:
         raise InputError("--to delta needs --base BASE, the model that who gets it has.")
-    if other:
-        raise InputError(f"{other[0]} is not of --to delta, which sends a model's folder as it is.")
-    made = export(model, base, output, overwrite, not no_verify, progress("byte"))
+    if unfit:
+        raise InputError(f"{unfit[0]} is not of --to delta, which sends a model's folder as it is.")
+    made = export(model, base, output, overwrite, not no_verify, progress("byte"), without)
+    if masters := sum(f.size for f in made.files if f.path.startswith(f"{MASTERS}/")):
+        say(f"{masters / 1e6:.1f} MB are the floats that were trained; --without {MASTERS} sends the codes alone")
     size = output.stat().st_size
     say(f"{output}: {size / 1e6:.2f} MB for {len(made.files)} files of {made.size / 1e6:.1f} MB")
     if json:

@@ -21,7 +21,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, BinaryIO, NamedTuple
@@ -136,10 +136,17 @@ def _parts(file: Path) -> list[_Part]:
 # --- writing
 
 
-def write(model: Path, base: Path, output: Path, on_bytes: OnBytes = lambda done, total: None) -> Manifest:
+def write(
+    model: Path, base: Path, output: Path, on_bytes: OnBytes = lambda done, total: None, without: Sequence[str] = ()
+) -> Manifest:  # fmt: skip
     """Writes what makes `model` of `base`; both are folders or .gguf files. on_bytes: told the bytes of the model that
-    are done, and all. Raises InputError for what is no model, or holds a file that cannot be sent."""
+    are done, and all. without: files, or folders of them, that are not sent. Raises InputError for what is no model,
+    holds a file that cannot be sent, or nothing of what is to be left out."""
     files, theirs = files_of(model), files_of(base)
+    for name in without:
+        if not (left := [p for p in files if p == name or p.startswith(f"{name.rstrip('/')}/")]):
+            raise InputError(f"--without {name}: {model} has no such file or folder.")
+        files = {p: f for p, f in files.items() if p not in left}
     if bad := next(((p, why) for p in files if (why := _unsafe(p))), None):
         raise InputError(f"{model}: the file {bad[0]!r} cannot be sent: {bad[1]}.")
     digest = base_sha256(base)
