@@ -151,12 +151,18 @@ def _is_number(value: Any) -> bool:
 
 
 def _texts(given: list[data.Record], notes: dict[str, Any]) -> dict[str, list[data.Record]]:
-    """Records by their hash: those given, and those that lie where the notes say."""
+    """Records by their hash: those given, those that lie where the notes say, and what of either was held out."""
     found = [given]
     for place in (notes.get("eval_data"), notes.get("data")):
         if isinstance(place, str) and Path(place).is_file():
             with suppress(InputError):  # what lies there now need not be data
                 found.append(data.read_records(place))
+    settings = notes.get("training")
+    share, seed = (settings.get("eval_split"), settings.get("seed")) if isinstance(settings, dict) else (None, None)
+    if isinstance(share, float) and isinstance(seed, int):
+        for records in [r for r in found if r]:
+            with suppress(InputError):
+                found.append(data.split(records, share, seed)[1])
     return {data.sha256(r): r for r in found if r}
 
 

@@ -199,6 +199,14 @@ def test_rows_of_an_earlier_stage_are_not_of_this_model(verified, tiny_llama, ti
     assert found["after: perplexity"]["holds"] is True
 
 
+def test_the_share_that_was_held_out_is_found_again(halfbyte, verified, sent, tiny_data, tmp_path):
+    short = ("--steps", 2, "--batch-size", 2, "--max-length", 64, "--eval-split", 0.3)
+    train = ("train", sent["base"], "--data", tiny_data["text"], "--method", "scales", "--to", "W4A16", *short)
+    said = halfbyte(*train, "-o", tmp_path / "tuned")
+    assert said.status == 0, said.err
+    assert verified(tmp_path / "tuned")[1]["trained (scales): eval_loss"]["holds"] is True
+
+
 @pytest.mark.parametrize("ledger", ["", "{}", "[1]", '[{"stage": 1}]', '[{"stage": "a", "loss": "low"}]', "[" * 100_000,
                                     '[{"stage": "a", "tokens": [1]}]', '[{"stage": "a", "data_sha256": []}]',
                                     f'[{{"stage": "a", "bits_per_weight": {"9" * 400}}}]'])  # fmt: skip

@@ -69,7 +69,7 @@ class Train(Step):
             "base_sha256": run.loaded.sha256, "dtype": str(run.loaded.config.dtype).removeprefix("torch."),
             "data_sha256": rows.sha256, "data_kind": rows.kind, "data_tokens": rows.tokens, "trained": what,
             "training": {**vars(args), "loss": self.loss, "batch_size": self.batch_size, "seed": run.seed,
-                         **{k: getattr(self, k) for k in ENCODING}},
+                         "eval_split": self.eval_split, **{k: getattr(self, k) for k in ENCODING}},
             **({} if held is None else {"eval_data_sha256": held.sha256}),
         }  # fmt: skip
         torch.manual_seed(run.seed)
