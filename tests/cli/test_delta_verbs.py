@@ -154,6 +154,8 @@ def test_another_base_does_not_verify(verified, sent, received, tiny_llama):
         assert status == 1
         assert [f["holds"] for what, f in found.items() if what.startswith("base, by")] == [False]
         assert "base, by" in said
+        assert found["against base: perplexity"]["holds"] is True
+        assert found["against base: kl_mean"]["holds"] is None
 
 
 @pytest.mark.parametrize("figure", ["perplexity", "kl_mean", "eval_loss", "bytes"])
