@@ -19,3 +19,7 @@ class BudgetExceeded(RuntimeError):
 
 class Diverged(RuntimeError):
     """A loss or gradient became infinite or NaN: nothing worth keeping came out. Exit status 1."""
+
+
+class Differs(RuntimeError):
+    """What was verified is not what was claimed. Exit status 1."""

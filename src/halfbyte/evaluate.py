@@ -27,7 +27,8 @@ _QUANTILES = 200  # resamples of a quantile: each needs a pass over all tokens
 @dataclass
 class Row:
     """One line of the ledger. Errors are standard errors; the interval is 95%; all are bootstrapped over windows
-    (records, for tasks), which are what is independent. None where there is no reference, or no labels."""
+    (records, for tasks), which are what is independent. None where there is no reference, or no labels. data_sha256:
+    of the records; against_sha256: of the reference's weights, where it was read from a model's files."""
 
     perplexity: float | None = None
     perplexity_error: float | None = None
@@ -49,6 +50,8 @@ class Row:
     bytes: int = 0
     bits_per_weight: float | None = None
     conventions: str = ""
+    data_sha256: str = ""
+    against_sha256: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,11 +60,12 @@ class Row:
 class Reference:
     """A model's float32 logits on the batches of one data set; kept, while they fit, for the next stage.
 
-    keep: bytes of memory they may take; what does not fit is computed again each time.
+    keep: bytes of memory they may take; what does not fit is computed again each time. sha256: of the files that the
+    model is as it was read from, if it is.
     """
 
-    def __init__(self, model: nn.Module, keep: int = 0) -> None:
-        self.model, self.keep = model.eval(), keep
+    def __init__(self, model: nn.Module, keep: int = 0, sha256: str = "") -> None:
+        self.model, self.keep, self.sha256 = model.eval(), keep, sha256
         self._kept: dict[int, Tensor] = {}
 
     def log_probs(self, i: int, batch: Batch) -> Tensor:
@@ -147,6 +151,7 @@ def _row(values: dict[str, Tensor], owner: Tensor, dataset: Dataset) -> Row:
     loss = nll.mean().item()
     spread = error(nll)
     row = Row(perplexity=nll.mean().exp().item(), loss=loss, tokens=len(nll), windows=windows)
+    row.data_sha256 = dataset.sha256
     row.perplexity_error = None if spread is None else row.perplexity * spread  # pyright: ignore
     longest = max(len(r) for r in dataset.rows)
     row.conventions = {
@@ -219,7 +224,9 @@ def classification(model: nn.Module, dataset: Dataset, batch_size: int = 8) -> R
         losses.append(F.cross_entropy(logits, batch.labels, reduction="none").double())
     hit, loss = torch.cat(right), torch.cat(losses)
     share, error = share_and_error(hit)
-    return Row(accuracy=share, accuracy_error=error, loss=loss.mean().item(), tokens=dataset.tokens, windows=len(hit))
+    row = Row(accuracy=share, accuracy_error=error, loss=loss.mean().item(), tokens=dataset.tokens, windows=len(hit))
+    row.data_sha256 = dataset.sha256
+    return row
 
 
 def check_budget(row: Row, max_kl: float | None, max_loss: float | None) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from halfbyte.errors import InputError
 
 CHECKPOINT = "checkpoint"
-FILES = (".gguf", ".onnx")  # outputs that are one file
+FILES = (".gguf", ".onnx", ".delta")  # outputs that are one file
 
 _OURS = ("halfbyte.json", "ledger.json")  # what a folder that halfbyte wrote holds
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from halfbyte import adapters, calibrate, data, evaluate, models, observe
 from halfbyte.card import write_card
 from halfbyte.containers import container_for, peft
-from halfbyte.containers.shards import read_json
+from halfbyte.containers.delta import files_of, weight_files
+from halfbyte.containers.shards import read_json, sha256_of
 from halfbyte.errors import InputError
 from halfbyte.folders import beside
 from halfbyte.formats import Format
@@ -98,8 +99,10 @@ class Run:
         self.describe(folder, name)
 
     def describe(self, folder: Path, name: str) -> None:
-        """Notes, ledger and model card beside a result that is written; anew, where there are some already."""
-        (folder / NOTES).write_text(json.dumps(self.notes, indent=1) + "\n")
+        """Notes, with the weights' hash, ledger and model card beside a result that is written; anew, where there are
+        some already."""
+        weights = weight_files(files_of(folder)).values()
+        (folder / NOTES).write_text(json.dumps({**self.notes, "sha256": sha256_of(weights)}, indent=1) + "\n")
         size = disk_bytes(folder)
         (folder / evaluate.LEDGER).unlink(missing_ok=True)
         for stage, row in self.rows:
@@ -201,6 +204,7 @@ def _load_adapter(path: Path, dtype: torch.dtype | None, seed: int) -> Run:
             raise InputError(f"{path}: its base model is no longer at {base}; put it back, or correct {peft.CONFIG}.")
         base = str(beside)
     notes = read_json(path / NOTES) if (path / NOTES).exists() else {}
+    notes.pop("sha256", None)  # of that folder, not of what is made of it
     run = Run(models.load(base, dtype or parse_dtype(notes.get("dtype"))), seed)
     if notes.get("dequantized"):
         dequantize(run)

@@ -151,7 +151,8 @@ def test_evaluate_has_the_keys_that_are_promised(halfbyte, tiny_llama, tiny_data
     row = said.json
     assert row.keys() >= LEDGER
     assert row.keys() - LEDGER == {
-        "accuracy_error", "against", "conventions", "data", "kl_p99_error", "model", "top1_error", "windows"
+        "accuracy_error", "against", "against_sha256", "conventions", "data", "data_sha256", "kl_p99_error", "model",
+        "top1_error", "windows"
     }  # fmt: skip
     assert [k for k in LEDGER if row[k] is None] == ["accuracy"]
     assert row["kl_mean"] > 0

@@ -12,9 +12,23 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from halfbyte.errors import BudgetExceeded, Diverged, InputError
+from halfbyte.errors import BudgetExceeded, Differs, Diverged, InputError
 
-VERBS = ("demo", "quantize", "train", "merge", "evaluate", "generate", "export", "plan", "inspect", "run", "doctor")
+VERBS = (
+    "demo",
+    "quantize",
+    "train",
+    "merge",
+    "evaluate",
+    "generate",
+    "export",
+    "apply",
+    "verify",
+    "plan",
+    "inspect",
+    "run",
+    "doctor",
+)
 _USAGE: type[Exception] = typer.BadParameter.__mro__[2]  # the parser's own complaints: click's ClickException
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
@@ -58,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         _fail(2, str(e))
     except BudgetExceeded as e:
         _fail(3, str(e))
-    except Diverged as e:
+    except (Diverged, Differs) as e:
         _fail(1, str(e))
     except _USAGE as e:
         _fail(2, _usage(e, argv))

@@ -39,7 +39,7 @@ class Shards:
         self.files = sorted(files)
         self._where: dict[str, tuple[Path, str, tuple[int, ...], int, int]] = {}
         for file in self.files:
-            for name, entry in _header(file).items():
+            for name, entry in header(file).items():
                 if name in self._where:
                     raise InputError(f"{file}: the tensor {name!r} stands in {self._where[name][0].name} too.")
                 self._where[name] = (file, *entry)
@@ -124,7 +124,7 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+def header(file: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
     """name -> dtype's name, shape, first and last byte in the file. Raises InputError."""
     try:
         size = file.stat().st_size

@@ -62,9 +62,10 @@ class Evaluate(Step):
         if not run.causal:
             if self.kv_cache is not None:
                 raise InputError("--kv-cache: a classifier keeps no keys and values.")
-            return evaluate.classification(
-                run.model, data.encode_classification(records, tokenizer, self.context, run.labels)
-            )
+            rows = data.encode_classification(records, tokenizer, self.context, run.labels)
+            row = evaluate.classification(run.model, rows)
+            row.context = self.context
+            return row
         rows = data.encode(records, tokenizer, self.context, packing=records[0].kind == "text")
         check_length(rows, run, "--context")
         if self.max_windows is not None:
@@ -80,10 +81,12 @@ class Evaluate(Step):
         if self.against is None or isinstance(self.against, evaluate.Reference):
             return self.against
         other = self.against if isinstance(self.against, Run) else load(self.against, torch.float32)
-        return evaluate.Reference(other.model)
+        # of a run that something was done to, its files are not what it is
+        return evaluate.Reference(other.model, sha256="" if other.notes else other.loaded.sha256)
 
     def _measure(self, run: Run, rows: data.Dataset, reference: evaluate.Reference | None) -> evaluate.Row:
         told = {} if self.on_batch is None else {"on_batch": self.on_batch}
         row = evaluate.measure(run.model, rows, reference, self.batch_size, cache=self._cache(), **told)
         row.context = self.context
+        row.against_sha256 = "" if reference is None else reference.sha256
         return row

@@ -23,7 +23,9 @@ from halfbyte.steps.trained import settle, sleep, trainable
 from halfbyte.train import Pace, TrainingArguments, loss_sum, matrices_decay, train
 
 SHARES = {"kl": 1.0, "both": 0.5}  # of the divergence in a loss
-_OWN = ("loss", "scale_lr_ratio", "loraplus_lr_ratio", "norms", "fake_quant_after_n_steps", "batch_size", "max_length")
+ENCODING = ("max_length", "packing", "completion_only_loss", "assistant_only_loss")  # how records become rows
+_OWN = (*ENCODING, "eval_split", "batch_size", "loss", "scale_lr_ratio", "loraplus_lr_ratio", "norms",
+        "fake_quant_after_n_steps")  # fmt: skip
 LEARNING_RATES = {"adapters": 2e-4, "stored": 2e-5, "qat": 1e-5, "scales": 1e-4}
 
 
@@ -84,6 +86,7 @@ class Train(Step):
             "base_sha256": run.loaded.sha256, "dtype": str(run.loaded.config.dtype).removeprefix("torch."),
             "data_sha256": rows.sha256, "data_kind": rows.kind, "data_tokens": rows.tokens, "trained": what,
             "training": {**vars(args), **{k: getattr(self, k) for k in _OWN}, "seed": run.seed},
+            **({} if held is None else {"eval_data_sha256": held.sha256}),
         }  # fmt: skip
         torch.manual_seed(run.seed)
         where = run.checkpoint
@@ -121,6 +124,11 @@ class Train(Step):
 
     def _stream(self, rows: data.Dataset, run: Run, done: int = 0) -> Iterator[data.Batch]:
         return data.batches(rows, self.batch_size, seed=run.seed, pad_token_id=pad_id(run), start=done)
+
+    def held_out_loss(self, run: Run, records: list[data.Record]) -> float:
+        """The loss on records, as it is measured while training: eval_loss in a ledger. Raises InputError for records
+        that cannot be encoded."""
+        return _held_out_loss(run.model, self._encode(records, run))
 
     def _loss(self, run: Run, rows: data.Dataset, args: TrainingArguments, folder: Path) -> Any:
         """folder: for what is kept of the teacher."""
