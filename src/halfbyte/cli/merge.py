@@ -61,10 +61,16 @@ def command(
     settings = {} if to is None else {**vars(found), "on_block": progress("block")}
     for step in merge_steps(merged, scheme, base, **settings):
         step(merged)
+    _say_rounding(merged.notes["merge_rounding"])
     name = output.resolve().name
     if output.suffix in FILES:
         _to_file(adapter, merged, output, no_verify, overwrite, json)
         return
+    if to is None and not merged.holds_as_it_is():
+        raise InputError(
+            f"{adapter} merges into the zero points of its base's codes, which no folder layout holds: name the output "
+            "OUT.gguf or OUT.onnx, or say by --to what it is to be rounded to."
+        )
     with whole(output, overwrite) as partial:
         row: dict[str, Any] = {}
         merged.write(partial, name)
@@ -81,7 +87,15 @@ def command(
     else:
         say("the difference was not measured: the run's data is not where it was; add --data FILE.")
     if json:
-        emit({"output": str(output), "bytes": disk_bytes(output), **row})
+        emit({"output": str(output), "bytes": disk_bytes(output), **row, "rounding": merged.notes["merge_rounding"]})
+
+
+def _say_rounding(found: dict[str, Any]) -> None:
+    n = found["zero_points"]
+    if n:
+        say(f"the zero points of {n} weights took the adapter in: their codes and scales are what they were")
+    what = "zero points" if n else "sums"
+    say(f"rounding the {what} moved weights by {found['mean']:.2g} on average, {found['largest']:.2g} at most")
 
 
 def _to_file(adapter: str, merged: Any, output: Path, no_verify: bool, overwrite: bool, json: bool) -> None:
@@ -95,7 +109,10 @@ def _to_file(adapter: str, merged: Any, output: Path, no_verify: bool, overwrite
     job.on_tensor = progress("tensor")
     done = export.export(adapter, job, target, output, None if no_verify else export.Proof(), overwrite, say)
     if json:
-        emit({"output": str(output), "bytes": disk_bytes(output), "read_back": bool(done.rows), "ledger": done.ledger})
+        emit({
+            "output": str(output), "bytes": disk_bytes(output), "read_back": bool(done.rows), "ledger": done.ledger,
+            "rounding": merged.notes["merge_rounding"],
+        })  # fmt: skip
 
 
 def _recorded(notes: dict[str, Any]) -> str | None:

@@ -26,6 +26,11 @@ class Adapt(Step):
     target_modules: str | list[str] = "all-linear"
     path: str | None = None
 
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        adapters.check(self.model_extra or {})
+        return self
+
     def __call__(self, run: Run) -> None:
         if adapters.attached(run.model):
             return  # the model was an adapter folder: training goes on with it
@@ -101,9 +106,18 @@ class Dequantize(Step):
         dequantize(run)
 
 
+def _folded(w: layers.Weight) -> tuple[float, float]:
+    """Merges; how far the weights then are from their sums: the largest, and all together."""
+    off = w.merge()
+    return off.max().item(), off.mean().item() * w.shape.numel()
+
+
 class Merge(Step):
-    """Folds the adapters into their weights. base "trained": into what they were trained on (dequantized, for
-    QLoRA); "original": into the checkpoint's own weights."""
+    """Folds the adapters into their weights. base "trained": into what they were trained on (dequantized, for QLoRA;
+    for QA-LoRA the zero points take it in, and codes and scales stay); "original": into the checkpoint's own weights.
+
+    What rounding the sums costs is noted as merge_rounding: the largest and the mean distance of a weight, and how many
+    weights are codes whose zero points took it in."""
 
     base: str = "trained"
 
@@ -117,9 +131,12 @@ class Merge(Step):
             for name, w in layers.weights(run.model).items():
                 if isinstance(w.stored, layers.Codes):
                     w.store(fresh[name].base().detach())
-        for w in layers.weights(run.model).values():
-            w.merge()
-        if not run.holds_as_it_is():  # a base from a file of another kind: the result is a 16-bit model
+        held = [w for w in layers.weights(run.model).values() if w.adapters]
+        largest, total = zip(*(_folded(w) for w in held), strict=True)
+        shifted = sum(isinstance(w.stored, layers.Codes) for w in held)
+        if not shifted and not run.holds_as_it_is():  # a base from a file of another kind: the result is 16-bit
             dequantize(run)
         run.notes.pop("stored", None)
         run.notes["merged"] = self.base
+        mean = sum(total) / sum(w.shape.numel() for w in held)
+        run.notes["merge_rounding"] = {"largest": max(largest), "mean": mean, "zero_points": shifted}
