@@ -39,7 +39,8 @@ class Run:
     log: of the last training. rows: the ledger so far, (stage, figures). files: what it was read from.
     checkpoint: the folder where training, or quantizing, keeps its state, and goes on from what is there. from_disk:
     whether weights are read when they are needed. masters: floats that were trained and then made codes. teacher: a
-    model whose predictions training may be held to."""
+    model whose predictions training may be held to. waiting: notes and files of adapters that are not in use, by
+    name."""
 
     loaded: Loaded
     seed: int = 0
@@ -50,6 +51,7 @@ class Run:
     from_disk: bool = False
     masters: dict[str, Tensor] = field(default_factory=dict)
     teacher: Any = field(default=None, repr=False)
+    waiting: dict[str, tuple[dict[str, Any], list[Path]]] = field(default_factory=dict)
     rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
     @property
@@ -200,8 +202,22 @@ def _load_adapter(path: Path, dtype: torch.dtype | None, seed: int) -> Run:
         if not beside.exists():
             raise InputError(f"{path}: its base model is no longer at {base}; put it back, or correct {peft.CONFIG}.")
         base = str(beside)
-    notes = read_json(path / NOTES) if (path / NOTES).exists() else {}
+    notes = notes_of(path)
     run = Run(models.load(base, dtype or parse_dtype(notes.get("dtype"))), seed)
+    check_base(run, path)
+    bring(run, notes)
+    attach_from(run, path)
+    run.notes = notes
+    return run
+
+
+def notes_of(path: Path) -> dict[str, Any]:
+    """The notes beside a result; none beside what others wrote. Raises InputError for a broken file."""
+    return read_json(path / NOTES) if (path / NOTES).exists() else {}
+
+
+def bring(run: Run, notes: Mapping[str, Any]) -> None:
+    """The base into the form that an adapter of these notes was trained on."""
     if notes.get("dequantized"):
         dequantize(run)
     if notes.get("stored"):
@@ -209,27 +225,28 @@ def _load_adapter(path: Path, dtype: torch.dtype | None, seed: int) -> Run:
         freeze(run, to_scheme(notes["stored"]), solver(notes.get("solver", "rtn")), keep=keep)
     if notes.get("grid"):
         see_through(run, to_scheme(notes["grid"]), notes.get("grid_search", "minmax"))
-    attach_from(run, path)
-    run.notes = notes
-    return run
 
 
-def attach_from(run: Run, path: Path) -> None:
-    """Attaches the LoRA of a PEFT folder. Raises InputError if it was trained on other weights (by the hash that
-    halfbyte recorded), or the model lacks one of its layers, or a shape differs."""
-    _, settings, states = peft.read(path)
-    notes = read_json(path / NOTES) if (path / NOTES).exists() else {}
-    wanted, here = notes.get("base_sha256"), run.loaded.sha256
+def check_base(run: Run, path: Path) -> None:
+    """Raises InputError if an adapter was trained on other weights, by the hash that halfbyte recorded."""
+    wanted, here = notes_of(path).get("base_sha256"), run.loaded.sha256
     if wanted and wanted != here:
         raise InputError(
             f"{path}: this adapter was trained on other weights than those now at {run.loaded.source} "
             f"(sha256 {wanted[:12]}..., found {here[:12]}...)."
         )
+
+
+def attach_from(run: Run, path: Path, called: str = adapters.NAME) -> None:
+    """Attaches the LoRA of a PEFT folder. Raises InputError if it was trained on other weights (by the hash that
+    halfbyte recorded), or the model lacks one of its layers, or a shape differs."""
+    _, settings, states = peft.read(path)
+    check_base(run, path)
     names = [n for n, op in ops(run.model) if isinstance(op, Linear)]
     if missing := [n for n in states if n not in names]:
         raise InputError(f"{path}: the model {run.loaded.source} has no linear layer {missing[0]!r}.")
-    for name, weight in adapters.attach(run.model, list(states), "lora", **settings).items():
-        adapter: Any = weight.adapters[adapters.NAME]
+    for name, weight in adapters.attach(run.model, list(states), "lora", called, **settings).items():
+        adapter: Any = weight.adapters[called]
         for key, value in states[name].items():
             p = getattr(adapter, key.removesuffix(".weight"))
             if p.shape != value.shape:
@@ -237,7 +254,7 @@ def attach_from(run: Run, path: Path) -> None:
             p.data.copy_(value)
     run.model.eval()
     run.files = [run.loaded.path, path]
-    run.notes["adapter"] = {"adapter": "lora", **settings}
+    run.notes = {**run.notes, "adapter": {"adapter": "lora", **settings}}
 
 
 def see_through(run: Run, chosen: Scheme | Mix, how: str = "minmax") -> None:

@@ -145,8 +145,9 @@ def needs_base(adapter: nn.Module) -> bool:
 class Weight(nn.Module):
     """What an op multiplies with. Two ops may share one: that is tying.
 
-    stored: a float Parameter (..., out, in), or Codes. adapters: by name; each has forward(x, y), delta(), or with
-    `needs_base` forward(x, y, op), delta(base); with shift() it adds one number to groups. grid: a Grid, or None.
+    stored: a float Parameter (..., out, in), or Codes. adapters: those in use, by name: each has forward(x, y), delta()
+    or with `needs_base` forward(x, y, op), delta(base); with shift() it adds one number to groups. waiting: adapters
+    that add nothing now. grid: a Grid, or None.
     """
 
     stored: nn.Parameter | Codes
@@ -155,7 +156,7 @@ class Weight(nn.Module):
     def __init__(self, stored: nn.Parameter | Codes) -> None:
         super().__init__()
         self.stored = stored
-        self.adapters = nn.ModuleDict()
+        self.adapters, self.waiting = nn.ModuleDict(), nn.ModuleDict()
         self.grid = None
         self._seen: tuple[object, object, QTensor] | None = None
 
@@ -193,6 +194,13 @@ class Weight(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Weight:
         self._seen = None  # a cast changes tensors without counting it
         return super()._apply(fn, recurse)  # pyright: ignore[reportReturnType]
+
+    def use(self, name: str | None) -> None:
+        """Has the adapter of that name, if it has one, in use alone; None: no adapter."""
+        self._seen = None
+        self.waiting.update({n: self.adapters.pop(n) for n in list(self.adapters) if n != name})
+        if name is not None and name in self.waiting:
+            self.adapters[name] = self.waiting.pop(name)
 
     def base(self) -> Tensor:
         """stored as a float tensor; differentiable where it is trained."""

@@ -12,7 +12,7 @@ from halfbyte.adapters.dora import Dora
 from halfbyte.adapters.lora import Lora
 from halfbyte.adapters.qalora import QaLora, group_size
 from halfbyte.errors import InputError
-from halfbyte.layers import Linear, Weight, ops
+from halfbyte.layers import Linear, Weight, ops, weights
 
 
 class Adapter(Protocol):
@@ -82,8 +82,11 @@ def _endings(names: list[str]) -> str:
     return f"this model has {', '.join(sorted({n.rpartition('.')[2] for n in names}))}"
 
 
-def attach(model: nn.Module, names: list[str], kind: str = "lora", **settings: Any) -> dict[str, Weight]:
-    """Adds an adapter of a kind in ADAPTERS to the weights of the named ops. Returns them by op's name.
+def attach(
+    model: nn.Module, names: list[str], kind: str = "lora", called: str = NAME, **settings: Any
+) -> dict[str, Weight]:  # fmt: skip
+    """Adds an adapter of a kind in ADAPTERS to the weights of the named ops, in use from now on. called: its own name.
+    Returns the weights by op's name.
 
     With `use_qalora` groups are those of the weights' codes, unless `qalora_group_size` says another size. Raises
     InputError for a head that is tied: its adapter would move the embedding too, which PEFT's does not.
@@ -99,16 +102,41 @@ def attach(model: nn.Module, names: list[str], kind: str = "lora", **settings: A
     if settings.get("use_qalora") and "qalora_group_size" not in settings:
         settings["qalora_group_size"] = group_size(met)
     for weight in met.values():
-        weight.adapters[NAME] = ADAPTERS[kind](weight, **settings)
+        weight.adapters[called] = ADAPTERS[kind](weight, **settings)
     return met
 
 
+def check_name(name: str) -> None:
+    """Raises InputError for what cannot be an adapter's name: part of the names of tensors."""
+    if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict, name):
+        raise InputError(f"an adapter cannot be named {name!r}: letters, digits, _ and - make a name.")
+
+
+def loaded(model: nn.Module) -> list[str]:
+    """Names of all adapters, those in use first."""
+    all_of = weights(model).values()
+    return list(dict.fromkeys([*(n for w in all_of for n in w.adapters), *(n for w in all_of for n in w.waiting)]))
+
+
+def active(model: nn.Module) -> str | None:
+    """The name of the adapter in use, if any."""
+    return next((n for w in weights(model).values() for n in w.adapters), None)
+
+
+def set_adapter(model: nn.Module, name: str | None) -> None:
+    """Has the adapter of that name alone in use; the others wait. None: the base computes alone. Raises InputError."""
+    if name is not None and name not in (known := loaded(model)):
+        raise InputError(f"there is no adapter {name!r}; those are {', '.join(known) or 'none'}.")
+    for w in weights(model).values():
+        w.use(name)
+
+
 def attached(model: nn.Module) -> dict[str, Any]:
-    """Op's name -> its adapter, for the first op of each weight that has one."""
+    """Op's name -> its adapter in use, for the first op of each weight that has one."""
     seen: set[int] = set()
     out: dict[str, Any] = {}
     for name, op in ops(model):
         if op.weight.adapters and id(op.weight) not in seen:
             seen.add(id(op.weight))
-            out[name] = op.weight.adapters[NAME]
+            out[name] = next(iter(op.weight.adapters.values()))
     return out

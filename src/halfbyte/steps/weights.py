@@ -138,5 +138,8 @@ class Merge(Step):
             dequantize(run)
         run.notes.pop("stored", None)
         run.notes["merged"] = self.base
+        run.waiting.clear()  # they were trained beside what was there before
+        for w in layers.weights(run.model).values():
+            w.waiting.clear()
         mean = sum(total) / sum(w.shape.numel() for w in held)
         run.notes["merge_rounding"] = {"largest": max(largest), "mean": mean, "zero_points": shifted}
