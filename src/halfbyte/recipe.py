@@ -144,17 +144,18 @@ def method_steps(
 
 
 def merge_steps(
-    run: Run, to: Any = None, base: str = "trained", group_size: int | None = None, **settings: Any
-) -> list[Step]:
-    """Merge, then what makes codes: the scheme given, with further settings of Freeze, or the grid that the run was
-    trained through."""
+    run: Run, to: Any = None, base: str = "trained", group_size: int | None = None, model: str | None = None,
+    **settings: Any,
+) -> list[Step]:  # fmt: skip
+    """Merge, into `base` and `model` as that step says, then what makes codes: the scheme given, with further settings
+    of Freeze, or the grid that the run was trained through."""
     gridded = any(w.grid is not None for w in weights(run.model).values())
     if to is None:
-        return [Merge(base=base), *([Freeze()] if gridded else [])]
+        return [Merge(base=base, model=model), *([Freeze()] if gridded else [])]
     freeze = Freeze(scheme=to, group_size=group_size, **settings)
     for w in weights(run.model).values():
         w.grid = None
-    return [Merge(base=base), freeze]
+    return [Merge(base=base, model=model), freeze]
 
 
 _FILES = ("data", "eval_data", "calibration")  # the fields of steps that name files to read

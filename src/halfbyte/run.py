@@ -94,10 +94,24 @@ class Run:
             if any(w.grid is not None for w in weights(self.model).values()):
                 raise InputError("the weights are still seen through a grid: freeze them before saving.")
             models.save(self.loaded, folder)
+            self._note_original()
         if self.masters:
             (folder / MASTERS).mkdir(exist_ok=True)
             save_file(self.masters, str(folder / MASTERS / "masters.safetensors"))
         self.describe(folder, name)
+
+    def _note_original(self) -> None:
+        """Notes what codes were made from, where nothing else was done to the weights."""
+        if self.notes.get("stored") and not self.notes.keys() & {
+            "trained",
+            "transforms",
+            "merged",
+            "dequantized",
+            "kept_codes",
+        }:
+            source = self.loaded.source
+            named = os.path.abspath(source) if Path(source).exists() else source
+            self.notes["original"] = {"model": named, "sha256": self.loaded.sha256 or models.sha256(self.loaded.path)}
 
     def describe(self, folder: Path, name: str) -> None:
         """Notes, ledger and model card beside a result that is written; anew, where there are some already."""
@@ -180,23 +194,28 @@ def load(
     seed: int = 0,
     labels: list[str] | None = None,
     weights: bool = True,
+    base: str | None = None,
 ) -> Run:
     """Reads any MODEL: a Hugging Face folder or hub id, a .gguf file, a PEFT adapter folder, or a folder that
     halfbyte wrote. weights=False leaves on disk what can be read a block at a time; an adapter and its base cannot.
 
     An adapter's base is read too, checked against the hash that halfbyte recorded, and brought into the form
-    that the adapter was trained on (4-bit codes, a grid). labels: see halfbyte.models.load. Raises InputError.
+    that the adapter was trained on (4-bit codes, a grid). base: the MODEL where that is, if not where the adapter's
+    folder says. labels: see halfbyte.models.load. Raises InputError.
     """
     torch.manual_seed(seed)
     path = models.resolve(source, revision)
     if path.is_dir() and (path / peft.CONFIG).exists():
-        return _load_adapter(path, parse_dtype(dtype), seed)
+        return _load_adapter(path, parse_dtype(dtype), seed, base)
+    if base is not None:
+        raise InputError(f"--base-model {base}: {source} is no adapter folder, and has no base.")
     loaded = models.load(source, parse_dtype(dtype), revision, labels, weights)
     return Run(loaded, seed, files=[path], from_disk=not weights and loaded.checkpoint is not None)
 
 
-def _load_adapter(path: Path, dtype: torch.dtype | None, seed: int) -> Run:
-    base, *_ = peft.read(path)
+def _load_adapter(path: Path, dtype: torch.dtype | None, seed: int, given: str | None = None) -> Run:
+    named, *_ = peft.read(path)
+    base = given or named
     if Path(base).is_absolute() and not Path(base).exists():
         beside = path.absolute().parent / Path(base).name  # moved together, as a demo's or a project's folder is
         if not beside.exists():

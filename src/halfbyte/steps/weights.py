@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from pydantic import ConfigDict, model_validator
 
-from halfbyte import adapters, layers, models
+from halfbyte import adapters, bases, layers, models
 from halfbyte.errors import InputError
 from halfbyte.run import Run, attach_from, dequantize, load, see_through, sharing, to_scheme
 from halfbyte.steps.step import Step
@@ -114,23 +114,22 @@ def _folded(w: layers.Weight) -> tuple[float, float]:
 
 class Merge(Step):
     """Folds the adapters into their weights. base "trained": into what they were trained on (dequantized, for QLoRA;
-    for QA-LoRA the zero points take it in, and codes and scales stay); "original": into the checkpoint's own weights.
+    for QA-LoRA the zero points take it in, and codes and scales stay); "original": into what its codes were made from,
+    or `model`, another MODEL of the same layers.
 
     What rounding the sums costs is noted as merge_rounding: the largest and the mean distance of a weight, and how many
     weights are codes whose zero points took it in."""
 
     base: str = "trained"
+    model: str | None = None
 
     def __call__(self, run: Run) -> None:
         if self.base not in ("trained", "original"):
             raise InputError(f"--base {self.base}: it is trained or original.")
         if not adapters.attached(run.model):
             raise InputError(f"{run.loaded.source} has no adapter to merge.")
-        if self.base == "original":
-            fresh = layers.weights(models.load(run.loaded.source, run.loaded.config.dtype).model)
-            for name, w in layers.weights(run.model).items():
-                if isinstance(w.stored, layers.Codes):
-                    w.store(fresh[name].base().detach())
+        if self.base == "original" and (other := bases.other(run, self.model)) is not None:
+            bases.put(run, other)
         held = [w for w in layers.weights(run.model).values() if w.adapters]
         largest, total = zip(*(_folded(w) for w in held), strict=True)
         shifted = sum(isinstance(w.stored, layers.Codes) for w in held)
