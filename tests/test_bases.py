@@ -135,3 +135,17 @@ def test_of_an_adapter_that_records_no_hash_it_is_the_one_that_is_named(on_float
     own = bases.own(on_floats, str(original))
     assert own == str(original)
     assert same(values(run.load(on_floats, base=own).model), values(load(original).load_adapter(on_floats).model))
+
+
+@pytest.mark.parametrize(("method", "to"), [("qlora", "int4-g32"), ("qa-lora", None)])
+def test_in_another_dtype_the_codes_are_those_that_it_was_trained_on(tmp_path, method, to):
+    base = folder(tmp_path / "base", dtype=torch.bfloat16, words=True)
+    path = load(base).train(method=method, to=to, **SHORT).save(tmp_path / "adapter")
+    own, wide = weights(load(path).model), load(path, dtype="float32")
+    assert wide.loaded.config.dtype == wide.model.model.norm.weight.dtype == torch.float32
+    held = {n: w for n, w in weights(wide.model).items() if isinstance(w.stored, Codes)}
+    assert held
+    for name, w in held.items():
+        assert torch.equal(w.stored.q.codes, own[name].stored.q.codes)
+        assert all(torch.equal(p, own[name].stored.q.parts[k]) for k, p in w.stored.q.parts.items())
+        assert w.base().dtype == torch.float32

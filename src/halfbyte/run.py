@@ -222,12 +222,25 @@ def _load_adapter(path: Path, dtype: torch.dtype | None, seed: int, given: str |
             raise InputError(f"{path}: its base model is no longer at {base}; put it back, or correct {peft.CONFIG}.")
         base = str(beside)
     notes = notes_of(path)
-    run = Run(models.load(base, dtype or parse_dtype(notes.get("dtype"))), seed)
+    run = Run(models.load(base, parse_dtype(notes.get("dtype")) or dtype), seed)
     check_base(run, path)
     bring(run, notes)
+    if dtype is not None:  # not before: the codes that it was trained on have scales in the dtype of then
+        _cast(run, dtype)
     attach_from(run, path)
     run.notes = notes
     return run
+
+
+@torch.no_grad()
+def _cast(run: Run, dtype: torch.dtype) -> None:
+    """Computes in another dtype; codes and scales stay."""
+    for w in weights(run.model).values():
+        if isinstance(w.stored, Codes):
+            w.store(replace(w.stored.q, dtype=dtype))
+    for p in run.model.parameters():  # not model.to(dtype), which would round the rotary frequencies too
+        p.data = p.data.to(dtype)
+    run.loaded.config.dtype = dtype
 
 
 def notes_of(path: Path) -> dict[str, Any]:

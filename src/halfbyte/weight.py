@@ -244,11 +244,13 @@ class Weight(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> Tensor:
-        """Folds the adapters in, which must be some: into the zero points of codes, where they add one number to all of
+        """Folds the adapters in, if there are any: into the zero points of codes, where they add one number to all of
         a group; else into a float weight, dequantized where it was codes. The grid stays.
 
         Gives back how far the weights, or all of a group, then are from the sum in float32, which rounding to the dtype
         of what is stored costs: float32, (out, in) or (out, groups)."""
+        if not self.adapters:
+            return torch.zeros(())
         by = self._shift()
         if by is None:
             total = self._total()

@@ -120,3 +120,5 @@ def test_a_base_that_was_moved_is_named(halfbyte, trained, codes, tmp_path):
     said = merged(halfbyte, adapter, tmp_path / "out", "--base-model", tmp_path / "moved")
     assert said.json["base"] == "trained"
     assert said.json["kl_mean"] < 1e-6
+    said = merged(halfbyte, adapter, tmp_path / "out.onnx", "--base-model", tmp_path / "moved")
+    assert said.json["ledger"][1]["kl_mean"] < 1e-5

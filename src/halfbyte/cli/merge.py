@@ -78,12 +78,14 @@ def command(
         merged, base, tries = _better(adapter, own, merged, scheme, other, settings, text)
     else:
         _fold(merged, scheme, base, other, settings)
-    _say_rounding(merged.notes["merge_rounding"])
+    rounding = merged.notes.get("merge_rounding")
+    _say_rounding(rounding)
     name = output.resolve().name
     if output.suffix in FILES:
-        _to_file(adapter, merged, output, no_verify, overwrite, json, tries)
+        proof = None if no_verify else export.Proof(base=own)
+        _to_file(adapter, merged, output, proof, overwrite, json, tries)
         return
-    if to is None and not merged.holds_as_it_is():
+    if to is None and rounding and rounding["zero_points"] and not merged.holds_as_it_is():
         raise InputError(
             f"{adapter} merges into the zero points of its base's codes, which no folder layout holds: name the output "
             "OUT.gguf or OUT.onnx, or say by --to what it is to be rounded to."
@@ -104,7 +106,7 @@ def command(
     else:
         say("the difference was not measured: the run's data is not where it was; add --data FILE.")
     if json:
-        about = {"rounding": merged.notes["merge_rounding"], "base": base, **({"bases": tries} if tries else {})}
+        about = {"rounding": rounding, "base": base, **({"bases": tries} if tries else {})}
         emit({"output": str(output), "bytes": disk_bytes(output), **row, **about})
 
 
@@ -147,7 +149,9 @@ def _better(
     return *best, tries
 
 
-def _say_rounding(found: dict[str, Any]) -> None:
+def _say_rounding(found: dict[str, Any] | None) -> None:
+    if found is None:
+        return
     n = found["zero_points"]
     if n:
         say(f"the zero points of {n} weights took the adapter in: their codes and scales are what they were")
@@ -156,7 +160,7 @@ def _say_rounding(found: dict[str, Any]) -> None:
 
 
 def _to_file(
-    adapter: str, merged: Any, output: Path, no_verify: bool, overwrite: bool, json: bool, tries: dict[str, Any]
+    adapter: str, merged: Any, output: Path, proof: Any, overwrite: bool, json: bool, tries: dict[str, Any]
 ) -> None:  # fmt: skip
     """The merged model as a file, read back by the program that it is for; the reference is the unmerged one."""
     from halfbyte import export
@@ -166,11 +170,11 @@ def _to_file(
     target = kind(None, output)
     job = export.prepare(merged.loaded, target, None, False, say)
     job.on_tensor = progress("tensor")
-    done = export.export(adapter, job, target, output, None if no_verify else export.Proof(), overwrite, say)
+    done = export.export(adapter, job, target, output, proof, overwrite, say)
     if json:
         emit({
             "output": str(output), "bytes": disk_bytes(output), "read_back": bool(done.rows), "ledger": done.ledger,
-            "rounding": merged.notes["merge_rounding"], **({"bases": tries} if tries else {}),
+            "rounding": merged.notes.get("merge_rounding"), **({"bases": tries} if tries else {}),
         })  # fmt: skip
 
 

@@ -140,5 +140,6 @@ class Merge(Step):
         run.waiting.clear()  # they were trained beside what was there before
         for w in layers.weights(run.model).values():
             w.waiting.clear()
-        mean = sum(total) / sum(w.shape.numel() for w in held)
-        run.notes["merge_rounding"] = {"largest": max(largest), "mean": mean, "zero_points": shifted}
+        if not any(w.grid is not None for w in held):  # through one, rounding was trained
+            mean = sum(total) / sum(w.shape.numel() for w in held)
+            run.notes["merge_rounding"] = {"largest": max(largest), "mean": mean, "zero_points": shifted}
