@@ -5,12 +5,14 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from halfbyte import InputError, export, kinds
+from halfbyte import FORMATS, InputError, export, kinds
 from halfbyte.adapters import attached, loaded
+from halfbyte.adapters.lora import Lora
 from halfbyte.kinds import gguf_lora
-from halfbyte.layers import Codes, weights
+from halfbyte.layers import Codes, Grid, Weight, weights
 from halfbyte.model import load
 from halfbyte.named_adapters import load_adapter
 from miniatures import folder, logits
@@ -156,3 +158,17 @@ def test_an_adapter_beside_a_folder_of_codes(llama, tmp_path, to):
             m.support_avx512bf16_for_cpu = False  # it would repack the weights and multiply in bf16
     theirs = PeftModel.from_pretrained(theirs, path).eval()
     torch.testing.assert_close(logits(theirs), of_it, rtol=0, atol=1e-4)
+
+
+def test_what_a_grid_was_seen_to_give_is_not_kept_for_another_adapter():
+    w = Weight(nn.Parameter(torch.randn(8, 64), requires_grad=False))
+    w.grid = Grid(FORMATS["int4-g32"])
+    w.adapters["a"] = made = Lora(w, r=2)
+    nn.init.normal_(made.lora_B)
+    with_it = w.frozen().dequantize()
+    w.use(None)
+    plain = w.frozen().dequantize()
+    assert torch.equal(plain, w.value())
+    w.use("a")
+    assert torch.equal(w.frozen().dequantize(), with_it)
+    assert not torch.equal(with_it, plain)
