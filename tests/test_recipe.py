@@ -16,10 +16,11 @@ def test_methods_are_lists_of_steps():
     assert names("full") == [Dequantize, Train]
     assert names("lora") == [Adapt, Train]
     assert names("qlora") == [Freeze, Adapt, Train]
+    assert names("qa-lora") == [Freeze, Adapt, Train]
     assert names("qat", "W4A16") == [Dequantize, Grid, Train, Freeze]
     assert names("qat-lora", "W4A16") == [Dequantize, Grid, Adapt, Train]
     assert names("scales", "W4A16") == [Freeze, Train]
-    assert set(METHODS) == {"full", "lora", "qlora", "qat", "qat-lora", "scales"}
+    assert set(METHODS) == {"full", "lora", "qlora", "qa-lora", "qat", "qat-lora", "scales"}
 
 
 def test_settings_find_their_step():

@@ -21,7 +21,7 @@ def write_card(folder: Path, name: str, base: Loaded, notes: dict[str, Any], row
         "---",
     ]
     # where things lay is nobody's business
-    notes = {k: v for k, v in notes.items() if k not in ("data", "eval_data")}
+    notes = {k: v for k, v in notes.items() if k not in ("data", "eval_data", "original")}
     lines = [
         *front,
         f"# {name}",

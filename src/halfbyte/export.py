@@ -48,12 +48,14 @@ class Exported:
 @dataclass
 class Proof:
     """How an export is held against the model. data: held-out text, records or a file; the packaged sample if None.
-    max_kl: of the reader's logits to ours, mean over tokens; one of MAX_KL above if None."""
+    max_kl: of the reader's logits to ours, mean over tokens; one of MAX_KL above if None. base: the MODEL where an
+    adapter's base is, if not where its folder says."""
 
     data: Any = None
     windows: int = 4
     context: int = evaluate.CONTEXT
     max_kl: float | None = None
+    base: str | None = None
 
 
 def read(
@@ -287,7 +289,7 @@ def _prove(
             f"{kind.READER} computes something else than halfbyte does: mean KL {kl:.4f} is above --max-kl "
             f"{limit}; nothing was kept."
         )
-    before = run.load(source, torch.float32)
+    before = run.load(source, torch.float32, base=proof.base)
     out.append((f"read back, against {Path(str(source)).name}", _row(reader, rows, before.model, ours, path)))
     row = out[1][1]
     error = f" +- {row['kl_error']:.4f}" if row["kl_error"] is not None else ""  # of one window there is none

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from halfbyte import recipe, run
+from halfbyte import adapters, named_adapters, recipe, run
 from halfbyte.evaluate import Row
 from halfbyte.generate import generate
 from halfbyte.run import Run
@@ -32,6 +32,21 @@ class Model(Run):
         """Fine-tunes on a file or records by a method of recipe.METHODS; options: those of Train and Adapt.
         init: the solver that codes begin from; teacher: a MODEL that loss="kl" holds it to."""
         return self.apply(*recipe.method_steps(method, to, {"data": data, **options}, None, init, teacher))
+
+    def load_adapter(self, path: str | Path, name: str = adapters.NAME) -> Model:
+        """Reads an adapter folder under a name, beside others. The first is in use at once."""
+        named_adapters.load_adapter(self, Path(path), name)
+        return self
+
+    def set_adapter(self, name: str) -> Model:
+        """Has the adapter of that name in use, and no other: it answers, is trained on, merged and saved."""
+        named_adapters.set_adapter(self, name)
+        return self
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The name of the adapter in use, if any."""
+        return adapters.active(self.model)
 
     def merge(self, to: str | None = None) -> Model:
         """Folds adapters in; `to` quantizes the result (a run trained through a grid takes its own)."""

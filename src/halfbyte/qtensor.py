@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import InputError
-from halfbyte.formats import SOURCE, Float8, Format, Integers, Table
+from halfbyte.formats import SOURCE, Float8, Format, Integers, Table, parse
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -263,6 +263,50 @@ class QTensor:
             for k, p in self.parts.items()
         }
         return replace(self, parts=parts, laid_out=None)
+
+
+def no_shift(f: Format) -> str | None:
+    """Why the zero points of a format do not take in a number that is added to all of a group, in words; None if
+    they do."""
+    if not isinstance(f.grid, Integers) or f.zero is None:
+        return f"{f} has no zero points, which would take in what is added to a group: choose an asymmetric format"
+    if isinstance(f.zero, Format):
+        return f"the zero points of {f} are quantized themselves: choose a format such as q4_1 or uint4-g32-affine"
+    if f.group == "tensor":
+        return f"{f} has one zero point for all rows, and each row is added something else"
+    return None
+
+
+def unshiftable(q: QTensor) -> str | None:
+    """As `no_shift`, of codes: their groups must be neighbours too."""
+    return "its inputs are in an order of their own, across groups" if "order" in q.parts else no_shift(q.format)
+
+
+def shifted(q: QTensor, by: Tensor) -> QTensor:
+    """q with a number added to all weights of a group, in its zero points: codes and scales are the same. by: float32
+    (out, n), one for each of n equal runs of inputs, which are whole groups. A zero that is a float keeps its dtype;
+    integers, which could not hold the sum, become what is added, -scale * zero, in the dtype of the scales.
+
+    Raises InputError for what is `unshiftable`, for runs that end within a group, and where the dtype overflows."""
+    if (why := unshiftable(q)) is not None:
+        raise InputError(f"{why}.")
+    groups, f = q.format.groups(q.shape), q.format
+    if groups[-1] % by.shape[-1]:
+        raise InputError(f"{groups[-1]} groups of {f} in a row are not {by.shape[-1]} runs of whole ones.")
+    held = q.tensors()["zero" if f.zero != "integer" else "scale"].dtype
+    if f.zero == "integer":
+        f = parse(f"uint{f.bits}-{f.group if f.group == 'channel' else f'g{f.group}'}-affine")
+    zero = (added(q) + by.repeat_interleave(groups[-1] // by.shape[-1], -1)).to(held)
+    if not zero.isfinite().all():
+        raise InputError(f"what is added to the zero points of {q.format} is more than {held} holds.")
+    return replace(q, format=f, parts={**q.parts, "zero": zero}, laid_out=None)
+
+
+def added(q: QTensor) -> Tensor:
+    """What zero points add to each weight of a group: float32 (out, groups)."""
+    p = q.qparams
+    assert p.zero is not None
+    return -p.scale * p.zero if q.format.zero == "integer" else p.zero
 
 
 def _value(part: Tensor | QTensor) -> Tensor:

@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict
 from halfbyte.errors import InputError
 from halfbyte.folders import check_free, whole
 from halfbyte.layers import weights
+from halfbyte.qtensor import no_shift
 from halfbyte.run import Run, load, to_scheme
+from halfbyte.scheme import Mix, Scheme
 from halfbyte.solvers import SOLVERS, solver
 from halfbyte.steps import SHARES, STEPS, Adapt, Dequantize, Freeze, Grid, Merge, Step, Teacher, Train, checked, read
 
@@ -56,12 +58,31 @@ class Method:
     begins: bool = False
 
 
+QA_LORA = "uint4-g32-affine"  # the paper's: 4 bits in groups of 32, with zero points that are floats
+
+
+def shifting(given: Any) -> Scheme | Mix:
+    """A scheme whose zero points take in what QA-LoRA adds. Raises InputError for one that has none."""
+    chosen = to_scheme(given)
+    for rule in chosen.rules if isinstance(chosen, Scheme) else ():  # a mix's formats are known with the model
+        if rule.weight is not None and (why := no_shift(rule.weight)) is not None:
+            raise InputError(f"--method qa-lora --to {chosen.name}: {why}.")
+    return chosen
+
+
 METHODS: dict[str, Method] = {
     "full": Method(lambda g: [Dequantize(), Train(**g.train)]),
     "lora": Method(lambda g: [Adapt(**g.adapt), Train(**g.train)], adapts=True),
     "qlora": Method(  # onto codes that are there already, or NF4; by rounding: an adapter's folder holds no codes
         lambda g: [
             Freeze(scheme=g.to or "NF4", keep=g.to is None, calibration="none"), Adapt(**g.adapt), Train(**g.train),
+        ],
+        adapts=True,
+    ),
+    "qa-lora": Method(  # onto asymmetric codes, whose zero points take in what is learned when it is merged
+        lambda g: [
+            Freeze(scheme=shifting(g.to or QA_LORA), keep=g.to is None, calibration="none"),
+            Adapt(**{**g.adapt, "use_qalora": True}), Train(**g.train),
         ],
         adapts=True,
     ),
@@ -129,17 +150,18 @@ def method_steps(
 
 
 def merge_steps(
-    run: Run, to: Any = None, base: str = "trained", group_size: int | None = None, **settings: Any
-) -> list[Step]:
-    """Merge, then what makes codes: the scheme given, with further settings of Freeze, or the grid that the run was
-    trained through."""
+    run: Run, to: Any = None, base: str = "trained", group_size: int | None = None, model: str | None = None,
+    **settings: Any,
+) -> list[Step]:  # fmt: skip
+    """Merge, into `base` and `model` as that step says, then what makes codes: the scheme given, with further settings
+    of Freeze, or the grid that the run was trained through."""
     gridded = any(w.grid is not None for w in weights(run.model).values())
     if to is None:
-        return [Merge(base=base), *([Freeze()] if gridded else [])]
+        return [Merge(base=base, model=model), *([Freeze()] if gridded else [])]
     freeze = Freeze(scheme=to, group_size=group_size, **settings)
     for w in weights(run.model).values():
         w.grid = None
-    return [Merge(base=base), freeze]
+    return [Merge(base=base, model=model), freeze]
 
 
 _FILES = ("data", "eval_data", "calibration")  # the fields of steps that name files to read

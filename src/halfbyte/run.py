@@ -40,7 +40,8 @@ class Run:
     log: of the last training. rows: the ledger so far, (stage, figures). files: what it was read from.
     checkpoint: the folder where training, or quantizing, keeps its state, and goes on from what is there. from_disk:
     whether weights are read when they are needed. masters: floats that were trained and then made codes. teacher: a
-    model whose predictions training may be held to."""
+    model whose predictions training may be held to. waiting: notes and files of adapters that are not in use, by
+    name."""
 
     loaded: Loaded
     seed: int = 0
@@ -51,6 +52,7 @@ class Run:
     from_disk: bool = False
     masters: dict[str, Tensor] = field(default_factory=dict)
     teacher: Any = field(default=None, repr=False)
+    waiting: dict[str, tuple[dict[str, Any], list[Path]]] = field(default_factory=dict)
     rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
     @property
@@ -93,10 +95,19 @@ class Run:
             if any(w.grid is not None for w in weights(self.model).values()):
                 raise InputError("the weights are still seen through a grid: freeze them before saving.")
             models.save(self.loaded, folder)
+            self._note_original()
         if self.masters:
             (folder / MASTERS).mkdir(exist_ok=True)
             save_file(self.masters, str(folder / MASTERS / "masters.safetensors"))
         self.describe(folder, name)
+
+    def _note_original(self) -> None:
+        """Notes what codes were made from, where nothing else was done to the weights."""
+        since = {"trained", "transforms", "merged", "dequantized", "kept_codes"}
+        if self.notes.get("stored") and not self.notes.keys() & since:
+            source = self.loaded.source
+            named = os.path.abspath(source) if Path(source).exists() else source
+            self.notes["original"] = {"model": named, "sha256": self.loaded.sha256 or models.sha256(self.loaded.path)}
 
     def describe(self, folder: Path, name: str) -> None:
         """Notes, with the weights' hash, ledger and model card beside a result that is written; anew, where there are
@@ -181,31 +192,62 @@ def load(
     seed: int = 0,
     labels: list[str] | None = None,
     weights: bool = True,
+    base: str | None = None,
 ) -> Run:
     """Reads any MODEL: a Hugging Face folder or hub id, a .gguf file, a PEFT adapter folder, or a folder that
     halfbyte wrote. weights=False leaves on disk what can be read a block at a time; an adapter and its base cannot.
 
     An adapter's base is read too, checked against the hash that halfbyte recorded, and brought into the form
-    that the adapter was trained on (4-bit codes, a grid). labels: see halfbyte.models.load. Raises InputError.
+    that the adapter was trained on (4-bit codes, a grid). base: the MODEL where that is, if not where the adapter's
+    folder says. labels: see halfbyte.models.load. Raises InputError.
     """
     torch.manual_seed(seed)
     path = models.resolve(source, revision)
     if path.is_dir() and (path / peft.CONFIG).exists():
-        return _load_adapter(path, parse_dtype(dtype), seed)
+        return _load_adapter(path, parse_dtype(dtype), seed, base)
+    if base is not None:
+        raise InputError(f"--base-model {base}: {source} is no adapter folder, and has no base.")
     loaded = models.load(source, parse_dtype(dtype), revision, labels, weights)
     return Run(loaded, seed, files=[path], from_disk=not weights and loaded.checkpoint is not None)
 
 
-def _load_adapter(path: Path, dtype: torch.dtype | None, seed: int) -> Run:
-    base, *_ = peft.read(path)
+def _load_adapter(path: Path, dtype: torch.dtype | None, seed: int, given: str | None = None) -> Run:
+    named, *_ = peft.read(path)
+    base = given or named
     if Path(base).is_absolute() and not Path(base).exists():
         beside = path.absolute().parent / Path(base).name  # moved together, as a demo's or a project's folder is
         if not beside.exists():
             raise InputError(f"{path}: its base model is no longer at {base}; put it back, or correct {peft.CONFIG}.")
         base = str(beside)
-    notes = read_json(path / NOTES) if (path / NOTES).exists() else {}
-    notes.pop("sha256", None)  # of that folder, not of what is made of it
-    run = Run(models.load(base, dtype or parse_dtype(notes.get("dtype"))), seed)
+    notes = notes_of(path)
+    run = Run(models.load(base, parse_dtype(notes.get("dtype")) or dtype), seed)
+    check_base(run, path)
+    bring(run, notes)
+    if dtype is not None:  # not before: the codes that it was trained on have scales in the dtype of then
+        _cast(run, dtype)
+    attach_from(run, path)
+    run.notes = {k: v for k, v in notes.items() if k != "sha256"}  # of that folder, not of what is made of it
+    return run
+
+
+@torch.no_grad()
+def _cast(run: Run, dtype: torch.dtype) -> None:
+    """Computes in another dtype; codes and scales stay."""
+    for w in weights(run.model).values():
+        if isinstance(w.stored, Codes):
+            w.store(replace(w.stored.q, dtype=dtype))
+    for p in run.model.parameters():  # not model.to(dtype), which would round the rotary frequencies too
+        p.data = p.data.to(dtype)
+    run.loaded.config.dtype = dtype
+
+
+def notes_of(path: Path) -> dict[str, Any]:
+    """The notes beside a result; none beside what others wrote. Raises InputError for a broken file."""
+    return read_json(path / NOTES) if (path / NOTES).exists() else {}
+
+
+def bring(run: Run, notes: Mapping[str, Any]) -> None:
+    """The base into the form that an adapter of these notes was trained on."""
     if notes.get("dequantized"):
         dequantize(run)
     if notes.get("stored"):
@@ -213,27 +255,28 @@ def _load_adapter(path: Path, dtype: torch.dtype | None, seed: int) -> Run:
         freeze(run, to_scheme(notes["stored"]), solver(notes.get("solver", "rtn")), keep=keep)
     if notes.get("grid"):
         see_through(run, to_scheme(notes["grid"]), notes.get("grid_search", "minmax"))
-    attach_from(run, path)
-    run.notes = notes
-    return run
 
 
-def attach_from(run: Run, path: Path) -> None:
-    """Attaches the LoRA of a PEFT folder. Raises InputError if it was trained on other weights (by the hash that
-    halfbyte recorded), or the model lacks one of its layers, or a shape differs."""
-    _, settings, states = peft.read(path)
-    notes = read_json(path / NOTES) if (path / NOTES).exists() else {}
-    wanted, here = notes.get("base_sha256"), run.loaded.sha256
+def check_base(run: Run, path: Path) -> None:
+    """Raises InputError if an adapter was trained on other weights, by the hash that halfbyte recorded."""
+    wanted, here = notes_of(path).get("base_sha256"), run.loaded.sha256
     if wanted and wanted != here:
         raise InputError(
             f"{path}: this adapter was trained on other weights than those now at {run.loaded.source} "
             f"(sha256 {wanted[:12]}..., found {here[:12]}...)."
         )
+
+
+def attach_from(run: Run, path: Path, called: str = adapters.NAME) -> None:
+    """Attaches the LoRA of a PEFT folder. Raises InputError if it was trained on other weights (by the hash that
+    halfbyte recorded), or the model lacks one of its layers, or a shape differs."""
+    _, settings, states = peft.read(path)
+    check_base(run, path)
     names = [n for n, op in ops(run.model) if isinstance(op, Linear)]
     if missing := [n for n in states if n not in names]:
         raise InputError(f"{path}: the model {run.loaded.source} has no linear layer {missing[0]!r}.")
-    for name, weight in adapters.attach(run.model, list(states), "lora", **settings).items():
-        adapter: Any = weight.adapters[adapters.NAME]
+    for name, weight in adapters.attach(run.model, list(states), "lora", called, **settings).items():
+        adapter: Any = weight.adapters[called]
         for key, value in states[name].items():
             p = getattr(adapter, key.removesuffix(".weight"))
             if p.shape != value.shape:
@@ -241,7 +284,7 @@ def attach_from(run: Run, path: Path) -> None:
             p.data.copy_(value)
     run.model.eval()
     run.files = [run.loaded.path, path]
-    run.notes["adapter"] = {"adapter": "lora", **settings}
+    run.notes = {**run.notes, "adapter": {"adapter": "lora", **settings}}
 
 
 def see_through(run: Run, chosen: Scheme | Mix, how: str = "minmax") -> None:

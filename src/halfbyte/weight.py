@@ -12,7 +12,7 @@ from halfbyte import kernels
 from halfbyte.errors import InputError
 from halfbyte.formats import Format
 from halfbyte.kernels import proxy
-from halfbyte.qtensor import QParams, QTensor
+from halfbyte.qtensor import QParams, QTensor, added, shifted, unshiftable
 
 
 def moved(t: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
@@ -151,8 +151,9 @@ def needs_base(adapter: nn.Module) -> bool:
 class Weight(nn.Module):
     """What an op multiplies with. Two ops may share one: that is tying.
 
-    stored: a float Parameter (..., out, in), or Codes. adapters: by name; each has forward(x, y), delta(), or with
-    `needs_base` forward(x, y, op), delta(base). grid: a Grid, or None.
+    stored: a float Parameter (..., out, in), or Codes. adapters: those in use, by name: each has forward(x, y), delta()
+    or with `needs_base` forward(x, y, op), delta(base); with shift() it adds one number to groups. waiting: adapters
+    that add nothing now. grid: a Grid, or None.
     """
 
     stored: nn.Parameter | Codes
@@ -161,7 +162,7 @@ class Weight(nn.Module):
     def __init__(self, stored: nn.Parameter | Codes) -> None:
         super().__init__()
         self.stored = stored
-        self.adapters = nn.ModuleDict()
+        self.adapters, self.waiting = nn.ModuleDict(), nn.ModuleDict()
         self.grid = None
         self._seen: tuple[object, object, QTensor] | None = None
 
@@ -200,6 +201,13 @@ class Weight(nn.Module):
         self._seen = None  # a cast changes tensors without counting it
         return super()._apply(fn, recurse)  # pyright: ignore[reportReturnType]
 
+    def use(self, name: str | None) -> None:
+        """Has the adapter of that name, if it has one, in use alone; None: no adapter."""
+        self._seen = None
+        self.waiting.update({n: self.adapters.pop(n) for n in list(self.adapters) if n != name})
+        if name is not None and name in self.waiting:
+            self.adapters[name] = self.waiting.pop(name)
+
     def base(self) -> Tensor:
         """stored as a float tensor; differentiable where it is trained."""
         if not isinstance(self.stored, Codes):
@@ -208,14 +216,16 @@ class Weight(nn.Module):
 
     def sum(self) -> Tensor:
         """stored + adapters, added in float32 and rounded once to the weight's dtype."""
+        return self._total().to(self.dtype) if self.adapters else self.base()
+
+    def _total(self) -> Tensor:
+        """stored + adapters, float32."""
         w = self.base()
-        if not self.adapters:
-            return w
         total = w.float()
         for adapter in self.adapters.values():
             of = (w,) if needs_base(adapter) else ()
             total = total + adapter.delta(*of).float()  # pyright: ignore[reportCallIssue]
-        return total.to(w.dtype)
+        return total
 
     @property
     def asleep(self) -> bool:
@@ -254,11 +264,37 @@ class Weight(nn.Module):
         return self._seen[2]
 
     @torch.no_grad()
-    def merge(self) -> None:
-        """Folds the adapters into a float weight: dequantized, where it was codes. The grid stays."""
-        if self.adapters:
-            self.store(self.sum().clone())
-            self.adapters.clear()
+    def merge(self) -> Tensor:
+        """Folds the adapters in, if there are any: into the zero points of codes, where they add one number to all of
+        a group; else into a float weight, dequantized where it was codes. The grid stays.
+
+        Gives back how far the weights, or all of a group, then are from the sum in float32, which rounding to the dtype
+        of what is stored costs: float32, (out, in) or (out, groups)."""
+        if not self.adapters:
+            return torch.zeros(())
+        by = self._shift()
+        if by is None:
+            total = self._total()
+            self.store(total.to(self.dtype).clone())
+            off = (self.base().float() - total).abs()
+        else:
+            assert isinstance(self.stored, Codes)
+            q = self.stored.q
+            self.store(shifted(q, by))
+            off = (added(self.stored.q) - (added(q) + by)).abs()
+        self.adapters.clear()
+        return off
+
+    def _shift(self) -> Tensor | None:
+        """What the adapters add to the groups of stored codes, float32 (out, groups); None where zero points cannot
+        take it in."""
+        if not isinstance(self.stored, Codes) or unshiftable(self.stored.q) is not None:
+            return None
+        shifts: list[Tensor] = [a.shift() for a in self.adapters.values() if hasattr(a, "shift")]  # pyright: ignore
+        groups = self.stored.q.format.groups(self.stored.q.shape)[-1]
+        if len(shifts) < len(self.adapters) or any(groups % s.shape[1] for s in shifts):
+            return None
+        return torch.stack([s.repeat_interleave(groups // s.shape[1], 1) for s in shifts]).sum(0)
 
     @torch.no_grad()
     def dequantize(self) -> None:

@@ -187,6 +187,24 @@ def test_generate(halfbyte, tiny_llama):
     assert halfbyte(*base, "--chat").status == 0
 
 
+def test_generate_by_the_adapter_that_is_named(halfbyte, refused, tiny_llama, tiny_data, tmp_path):
+    train = ("train", tiny_llama, "--data", tiny_data["text"], "--lr", "1e-2", "--max-length", "64")
+    for name, steps in (("one", "2"), ("two", "20")):
+        said = halfbyte(*train, "--steps", steps, "-o", tmp_path / name)
+        assert said.status == 0, said.err
+    say = ("--prompt", "The fox", "--max-new-tokens", 8)
+    alone = {n: halfbyte("generate", tmp_path / n, *say).out for n in ("one", "two")}
+    assert alone["one"] != alone["two"]
+    both = ("generate", tiny_llama, *say, "--adapter", f"first={tmp_path / 'one'}", "--adapter", tmp_path / "two")
+    assert halfbyte(*both).out == alone["one"]
+    assert halfbyte(*both, "--use", "first").out == alone["one"]
+    assert halfbyte(*both, "--use", "two").out == alone["two"]
+    refused(*both, "--use", "third", words="--adapter gives first, two")
+    refused(*both, "--adapter", f"first={tmp_path / 'two'}", words="one named 'first' already")
+    refused("generate", tiny_llama, *say, "--use", "first", words="--adapter NAME=DIR")
+    refused("generate", tiny_llama, *say, "--adapter", f"a.b={tmp_path / 'two'}", words="cannot be named 'a.b'")
+
+
 class Terminal:
     """A standard input with a person at it."""
 

@@ -397,7 +397,7 @@ def test_adapter_whose_base_has_changed(refused, training, adapter, copied, tiny
 
 def test_merge_of_what_is_no_adapter(refused, tiny_llama, adapter, out):
     refused("merge", tiny_llama, "-o", out, words="has no adapter to merge")
-    refused("merge", adapter, "-o", out, "--base", "new", words="trained or original")
+    refused("merge", adapter, "-o", out, "--base", "new", words="trained, original, both")
     refused("merge", adapter, "-o", out, "--to", "q4_0", words="no folder layout")
     refused("merge", adapter, "-o", out, "--to", "W4A17", words="did you mean W4A16")
 

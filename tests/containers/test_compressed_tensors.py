@@ -194,6 +194,14 @@ def test_roles_without_a_place_are_refused(role):
         container_for({"wte": (FORMATS["int4-g32"], role)})
 
 
+def test_zero_points_that_are_added_go_into_mlxs_layout():
+    affine = (FORMATS["uint4-g64-affine"], "linear")
+    assert container_for({"q": affine}).METHOD == "mlx"
+    assert container_for({"q": (FORMATS["uint4-g64"], "linear")}).METHOD == "compressed-tensors"
+    with pytest.raises(InputError, match=r"no folder layout.*no groups of channel"):
+        container_for({"q": (FORMATS["uint4-channel-affine"], "linear")})
+
+
 def test_gpt2_whose_inputs_are_rounded_is_refused_before_anything_is_written(tmp_path):
     made = quantized(folder(tmp_path / "float", "gpt2"), "W8A8")
     (tmp_path / "out").mkdir()

@@ -35,6 +35,23 @@ def test_gguf_reads_our_blocks_as_we_do(name, rows, blocks, seed, size):
         assert torch.equal(back.tensors()[k], part), k
 
 
+@pytest.mark.parametrize(("name", "block"), [("uint4-g32-affine", "q4_1"), ("uint5-g64-affine", "q5_1")])
+def test_integers_with_a_float_that_is_added_are_a_block_where_fp16_holds_it(name, block):
+    w = torch.randn(6, 128) + 0.3
+    q = kernels.quantize(w.half(), name)
+    found = ggml.fitting(q)
+    assert found is not None
+    assert found.format == FORMATS[block]
+    assert torch.equal(found.codes, q.codes)
+    assert torch.equal(found.dequantize(), q.dequantize())
+    assert torch.equal(gguf_values(ggml.to_blocks(found), block).half(), q.dequantize())
+    assert ggml.fitting(kernels.quantize(w, name)) is None  # scales of float32
+    q = kernels.quantize(w.half(), name)
+    q.parts["zero"] = q.parts["zero"].float() + 1e-6
+    assert ggml.fitting(q) is None
+    assert ggml.fitting(kernels.quantize(w.half(), name.replace("-affine", ""))) is None
+
+
 def test_blocks_are_as_large_as_the_gguf_package_says():
     assert {n: (b.numbers, b.size) for n, b in ggml.BLOCKS.items()} == {
         n: gguf.GGML_QUANT_SIZES[t] for n, t in TYPES.items()

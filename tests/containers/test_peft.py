@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -224,6 +225,55 @@ def test_dora_has_the_tensors_that_peft_gives_it(tmp_path, name):
     assert {n.rpartition(".lora_")[2] for n in ours} == {"A.weight", "B.weight", "magnitude_vector"}
     for path in (out, tmp_path / "theirs"):
         assert json.loads((path / "adapter_config.json").read_text())["use_dora"] is True
+
+
+def with_qalora(base, path):
+    """The base as plain transformers reads it, with the layer that PEFT has for QA-LoRA: that of GPTQ's codes, which
+    takes any layer that computes y of x. Its tensors are a folder's."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config, tensors = LoraConfig.from_pretrained(path), load_file(path / "adapter_model.safetensors")
+    for name in {n.partition(".lora_")[0] for n in tensors}:
+        own = name.removeprefix("base_model.model.")
+        layer = GPTQLoraLinear(model.get_submodule(own), "default", config, r=config.r, lora_alpha=config.lora_alpha)
+        state = {k: tensors[f"{name}.lora_{k}.weight"] for k in "AB"}
+        layer.lora_A["default"].load_state_dict({"weight": state["A"]})
+        layer.lora_B["default"].load_state_dict({"weight": state["B"]})
+        model.set_submodule(own, layer)
+    return model.eval()
+
+
+@pytest.mark.parametrize("settings", [{"r": 4, "lora_alpha": 8}, {"r": 2, "use_rslora": True, "lora_dropout": 0.5}])
+@pytest.mark.parametrize("size", [16, 64])
+def test_peft_computes_what_we_wrote_of_qa_lora(tmp_path, size, settings):
+    base = folder(tmp_path / "base")
+    made = adapted(base, use_qalora=True, qalora_group_size=size, **settings)
+    out = recipe.save(made, tmp_path / "adapter")
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["use_qalora"], config["qalora_group_size"]) == (True, size)
+    theirs = logits(with_qalora(base, out))
+    torch.testing.assert_close(theirs, logits(made.model), rtol=0, atol=2e-6)
+    assert not torch.allclose(theirs, logits(run.load(base).model), atol=1e-3)
+    again = run.load(out)
+    assert torch.equal(logits(again.model), logits(made.model))
+    assert attached(again.model).keys() == attached(made.model).keys()
+
+
+@pytest.mark.parametrize("size", [0, 24, -16, "16", 16.0, None, 1 << 40])
+def test_a_group_size_that_cannot_be_is_refused(tmp_path, size):
+    out = recipe.save(adapted(folder(tmp_path / "base"), r=4, use_qalora=True, qalora_group_size=32), tmp_path / "a")
+    edit(out, qalora_group_size=size)
+    with pytest.raises(InputError, match="qalora_group_size"):
+        run.load(out)
+
+
+def test_lora_and_qa_lora_are_not_taken_for_each_other(tmp_path):
+    base = folder(tmp_path / "base")
+    for use in (True, False):
+        own = {"use_qalora": True, "qalora_group_size": 16} if use else {}
+        out = recipe.save(adapted(base, r=4, **own), tmp_path / f"adapter-{use}")
+        edit(out, use_qalora=not use, qalora_group_size=16)
+        with pytest.raises(InputError, match="shape"):
+            run.load(out)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,31 @@
 """What an adapter's GGUF file does not hold; test_llama_cpp.py has what llama.cpp makes of the rest."""
 
 import pytest
+import torch
+from gguf import GGUFReader
 
 from halfbyte import InputError, export, kinds, run
 from halfbyte.kinds import gguf_lora
+from halfbyte.layers import weights
 from halfbyte.recipe import save
 from halfbyte.steps import Adapt
 from miniatures import folder
+
+
+@torch.no_grad()
+def test_qa_lora_is_written_as_the_lora_that_adds_the_same(tmp_path):
+    made = run.load(folder(tmp_path / "base"))
+    Adapt(r=4, use_qalora=True, qalora_group_size=16)(made)
+    for w in weights(made.model).values():
+        for a in w.adapters.values():
+            a.lora_B.normal_(std=0.1)
+    job = kinds.Job(made.loaded)
+    assert gguf_lora.refuses(job) is None
+    gguf_lora.write(job, tmp_path / "lora.gguf")
+    read = {t.name: torch.from_numpy(t.data.copy()) for t in GGUFReader(tmp_path / "lora.gguf").tensors}
+    a, b = (read[f"blk.0.ffn_down.weight.lora_{k}"] for k in "ab")
+    wanted = weights(made.model)["model.layers.0.mlp.down_proj.weight"].adapters["default"].delta()
+    torch.testing.assert_close(8 * b @ a, wanted)  # alpha 32 / r 4
 
 
 def test_dora_is_refused_in_words(tmp_path):

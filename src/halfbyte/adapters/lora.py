@@ -51,6 +51,10 @@ class LowRank(nn.Module):
         """s B A, float32 (out, in)."""
         return self.scaling * (self.lora_B.float() @ self.lora_A.float())
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r), float32: s B A is what is added."""
+        return self.lora_A.detach().float(), self.lora_B.detach().float()
+
     def state(self) -> dict[str, Tensor]:
         return {"lora_A.weight": self.lora_A.detach(), "lora_B.weight": self.lora_B.detach()}
 

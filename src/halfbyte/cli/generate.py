@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,13 @@ def command(
     max_new_tokens: int = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: int = 0,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="An adapter folder beside MODEL, under a name; several."),
+    ] = None,
+    use: Annotated[
+        str | None, typer.Option(help="The name of the adapter that answers; the first if left out.")
+    ] = None,
     kv_cache: Annotated[str | None, typer.Option(help="Keep keys and values in a format: int8, q8_0.")] = None,
     dtype: Dtype = None,
     revision: Revision = None,
@@ -26,7 +34,7 @@ def command(
     import torch
 
     from halfbyte import kv_cache as caches
-    from halfbyte import run
+    from halfbyte import named_adapters, run
     from halfbyte.errors import InputError
     from halfbyte.generate import generate
 
@@ -40,7 +48,12 @@ def command(
         raise InputError("--max-new-tokens must be at least 1 and --temperature at least 0.")
     if kv_cache is not None:
         caches.parse(kv_cache)
+    named = _named(adapter or [], use)
     loaded = run.load(model, dtype, revision)
+    for name, folder in named.items():
+        named_adapters.load_adapter(loaded, folder, name)
+    if use is not None:
+        named_adapters.set_adapter(loaded, use)
     tokenizer = loaded.needs_tokenizer
     torch.manual_seed(seed)
     if prompt is None:
@@ -55,6 +68,27 @@ def command(
     else:
         print()
         say(f"{out.tokens} tokens, {out.tokens_per_second:.1f} a second")
+
+
+def _named(given: list[str], use: str | None) -> dict[str, Path]:
+    """Adapters' names and folders: NAME=DIR, or DIR, which is called as its folder is. Raises InputError."""
+    from halfbyte import adapters
+    from halfbyte.errors import InputError
+
+    if use is not None and not given:
+        raise InputError(f"--use {use}: it is the name of one that --adapter NAME=DIR gives.")
+    out: dict[str, Path] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        path = Path(folder if equals else text)
+        name = name if equals else path.resolve().name
+        adapters.check_name(name)
+        if name in out:
+            raise InputError(f"--adapter {text}: there is one named {name!r} already; give it another name.")
+        out[name] = path
+    if use is not None and use not in out:
+        raise InputError(f"--use {use}: --adapter gives {', '.join(out)}.")
+    return out
 
 
 def _chat(loaded: Any, max_new_tokens: int, temperature: float, kv_cache: str | None) -> None:

@@ -33,8 +33,14 @@ def command(
     samples: Samples = None,
     imatrix: Imatrix = None,
     base: Annotated[
-        str, typer.Option(help="trained: what the adapter was trained on; original: the 16-bit one.")
-    ] = "trained",
+        str | None,
+        typer.Option(
+            help="trained: what it was trained on (default); original: what that was made from; both: the better."
+        ),
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Where the base is, or another one of the same layers.")
+    ] = None,
     data: Annotated[
         str | None, typer.Option(help="What the difference is measured on; the run's own if left out.")
     ] = None,
@@ -43,34 +49,53 @@ def command(
     json: Json = False,
 ) -> None:
     """Fold an adapter into its base, and measure the difference to the unmerged model."""
-    from halfbyte import export, run
+    from halfbyte import bases, export, run
     from halfbyte.errors import InputError
     from halfbyte.folders import FILES, check_free, whole
-    from halfbyte.recipe import merge_steps
     from halfbyte.run import disk_bytes, to_scheme
 
-    check_free(output, overwrite, adapter, data, calibration, imatrix)
+    check_free(output, overwrite, adapter, data, calibration, imatrix, base_model)
+    if base not in (None, *_BASES):
+        raise InputError(f"--base {base}: it is {', '.join(_BASES)}.")
     found = export.Found(solver, calibration, samples, imatrix=imatrix)
     if to is None and found.needs_model:
         raise InputError("--solver, --calibration and --imatrix are of a scheme to quantize to: add --to SCHEME.")
     scheme = None if to is None else export.chosen(to) if output.suffix in FILES else to_scheme(to, group_size)
-    merged = run.load(adapter)
+    own = bases.own(adapter, base_model)
+    other = None if own is not None else base_model
+    if base == "trained" and other is not None:
+        raise InputError(
+            f"--base-model {other}: other weights than {adapter} was trained on; leave out --base trained."
+        )
+    base = base or ("trained" if other is None else "original")
+    merged = run.load(adapter, base=own)
     if scheme is not None and output.suffix not in FILES:
         merged.holds(scheme)
     text = data or _recorded(merged.notes)
     settings = {} if to is None else {**vars(found), "on_block": progress("block")}
-    for step in merge_steps(merged, scheme, base, **settings):
-        step(merged)
+    tries: dict[str, dict[str, Any]] = {}
+    if base == "both":
+        merged, base, tries = _better(adapter, own, merged, scheme, other, settings, text)
+    else:
+        _fold(merged, scheme, base, other, settings)
+    rounding = merged.notes.get("merge_rounding")
+    _say_rounding(rounding)
     name = output.resolve().name
     if output.suffix in FILES:
-        _to_file(adapter, merged, output, no_verify, overwrite, json)
+        proof = None if no_verify else export.Proof(base=own)
+        _to_file(adapter, merged, output, proof, overwrite, json, tries)
         return
+    if to is None and rounding and rounding["zero_points"] and not merged.holds_as_it_is():
+        raise InputError(
+            f"{adapter} merges into the zero points of its base's codes, which no folder layout holds: name the output "
+            "OUT.gguf or OUT.onnx, or say by --to what it is to be rounded to."
+        )
     with whole(output, overwrite) as partial:
         row: dict[str, Any] = {}
         merged.write(partial, name)
         if text is not None:
             # what is measured is what was written, read back; the row then goes into its ledger
-            row = _difference(str(partial), adapter, text)
+            row = _difference(run.load(str(partial)), run.load(adapter, base=own), text)
             merged.rows.append(("merged, against unmerged", row))
             merged.describe(partial, name)
     if row:
@@ -81,10 +106,62 @@ def command(
     else:
         say("the difference was not measured: the run's data is not where it was; add --data FILE.")
     if json:
-        emit({"output": str(output), "bytes": disk_bytes(output), **row})
+        about = {"rounding": rounding, "base": base, **({"bases": tries} if tries else {})}
+        emit({"output": str(output), "bytes": disk_bytes(output), **row, **about})
 
 
-def _to_file(adapter: str, merged: Any, output: Path, no_verify: bool, overwrite: bool, json: bool) -> None:
+_BASES = ("trained", "original", "both")
+
+
+def _fold(merged: Any, scheme: Any, base: str, other: str | None, settings: dict[str, Any]) -> None:
+    from halfbyte.recipe import merge_steps
+
+    for step in merge_steps(merged, scheme, base, model=other, **settings):
+        step(merged)
+
+
+def _better(
+    adapter: str, own: str | None, trained: Any, scheme: Any, other: str | None, settings: dict[str, Any],
+    text: str | None,
+) -> tuple[Any, str, dict[str, dict[str, Any]]]:  # fmt: skip
+    """Merges into both bases and measures each against the unmerged model on text. Gives back the one with the lower
+    loss on it, which base that is, and the figures of each. Raises InputError where there is no text, or no second
+    base."""
+    from halfbyte import bases, run
+    from halfbyte.errors import InputError
+
+    if text is None:
+        raise InputError("--base both is decided on text, and the run's data is not where it was: add --data FILE.")
+    if (other := bases.other(trained, other)) is None:
+        raise InputError(f"--base both: {adapter} was trained on floats; name the other base by --base-model MODEL.")
+    unmerged, best, tries = run.load(adapter, base=own), None, {}
+    for base, merged in (("trained", trained), ("original", run.load(adapter, base=own))):
+        _fold(merged, scheme, base, other if base == "original" else None, settings)
+        row = tries[base] = _difference(merged, unmerged, text)
+        where = "what it was trained on" if base == "trained" else other
+        say(f"merged into {where}: loss {row['loss_difference']:+.5f} against unmerged, mean KL {row['kl_mean']:.3g}")
+        if best is None or row["loss"] < tries[best[1]]["loss"]:
+            best = (merged, base)
+        merged.rows.clear()
+    assert best is not None
+    say(f"the lower loss on {text}, so what is written: --base {best[1]}")
+    best[0].rows += [(f"merged, base {base}", row) for base, row in tries.items()]
+    return *best, tries
+
+
+def _say_rounding(found: dict[str, Any] | None) -> None:
+    if found is None:
+        return
+    n = found["zero_points"]
+    if n:
+        say(f"the zero points of {n} weights took the adapter in: their codes and scales are what they were")
+    what = "zero points" if n else "sums"
+    say(f"rounding the {what} moved weights by {found['mean']:.2g} on average, {found['largest']:.2g} at most")
+
+
+def _to_file(
+    adapter: str, merged: Any, output: Path, proof: Any, overwrite: bool, json: bool, tries: dict[str, Any]
+) -> None:  # fmt: skip
     """The merged model as a file, read back by the program that it is for; the reference is the unmerged one."""
     from halfbyte import export
     from halfbyte.kinds import kind
@@ -93,9 +170,12 @@ def _to_file(adapter: str, merged: Any, output: Path, no_verify: bool, overwrite
     target = kind(None, output)
     job = export.prepare(merged.loaded, target, None, False, say)
     job.on_tensor = progress("tensor")
-    done = export.export(adapter, job, target, output, None if no_verify else export.Proof(), overwrite, say)
+    done = export.export(adapter, job, target, output, proof, overwrite, say)
     if json:
-        emit({"output": str(output), "bytes": disk_bytes(output), "read_back": bool(done.rows), "ledger": done.ledger})
+        emit({
+            "output": str(output), "bytes": disk_bytes(output), "read_back": bool(done.rows), "ledger": done.ledger,
+            "rounding": merged.notes.get("merge_rounding"), **({"bases": tries} if tries else {}),
+        })  # fmt: skip
 
 
 def _recorded(notes: dict[str, Any]) -> str | None:
@@ -103,14 +183,12 @@ def _recorded(notes: dict[str, Any]) -> str | None:
     return next((p for k in ("eval_data", "data") if (p := notes.get(k)) and Path(p).is_file()), None)
 
 
-def _difference(merged: str, adapter: str, text: str, windows: int = 8) -> dict[str, Any]:
-    from halfbyte import run
+def _difference(merged: Any, unmerged: Any, text: str, windows: int = 8) -> dict[str, Any]:
     from halfbyte.evaluate import Reference
     from halfbyte.steps import Evaluate
 
-    again = run.load(merged)
     Evaluate(
-        data=text, against=Reference(run.load(adapter).model), max_windows=windows, stage="merged",
+        data=text, against=Reference(unmerged.model), max_windows=windows, stage="merged",
         on_batch=progress("measuring the merge"),
-    )(again)  # fmt: skip
-    return again.rows[-1][1]
+    )(merged)  # fmt: skip
+    return merged.rows[-1][1]

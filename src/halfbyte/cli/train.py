@@ -27,8 +27,10 @@ def command(
     model: ModelArgument,
     data: Annotated[str, typer.Option(help=".jsonl, .json or .txt: text, messages, prompt/completion, text/label.")],
     output: Output,
-    method: Annotated[str, typer.Option(help="full, lora, qlora, qat, qat-lora or scales.")] = "lora",
-    to: Annotated[str | None, typer.Option(help="The scheme of qat, qat-lora, scales; of qlora's base (NF4).")] = None,
+    method: Annotated[str, typer.Option(help="full, lora, qlora, qa-lora, qat, qat-lora or scales.")] = "lora",
+    to: Annotated[
+        str | None, typer.Option(help="The scheme of qat, qat-lora, scales; of the base of qlora (NF4), qa-lora.")
+    ] = None,
     group_size: GroupSize = None,
     eval_data: Annotated[str | None, typer.Option(help="Held-out data, measured while training.")] = None,
     eval_split: Annotated[float, typer.Option(help="Or this share of the data, by record.")] = 0.0,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from halfbyte.containers import awq, bitsandbytes, compressed_tensors, gptq, mlx
 from halfbyte.errors import InputError
-from halfbyte.formats import Format
+from halfbyte.formats import SOURCE, Format
 from halfbyte.qtensor import QTensor
 
 Get = Callable[[str], Tensor]  # reads one tensor of the checkpoint by its name on disk
@@ -58,11 +58,12 @@ DEFAULTS = (compressed_tensors, bitsandbytes, gptq)
 def container_for(
     sites: Mapping[str, tuple[Format, str]], first: Container | None = None, rounded: bool = False
 ) -> Container:
-    """The first container that holds all of these (module -> format, role): `first`, then those of DEFAULTS. rounded:
-    whether inputs are rounded, which compressed-tensors alone holds. Raises InputError with each one's reason if none
-    does."""
+    """The first container that holds all of these (module -> format, role): `first`, then those of DEFAULTS, then MLX's
+    where zero points are added, which no other has. rounded: whether inputs are rounded, which compressed-tensors
+    alone holds. Raises InputError with each one's reason if none does."""
     reasons = []
-    able = [compressed_tensors] if rounded else [*([first] if first else []), *DEFAULTS]
+    own = [mlx] if any(f.zero == SOURCE for f, _ in sites.values()) else []
+    able = [compressed_tensors] if rounded else [*([first] if first else []), *DEFAULTS, *own]
     for c in dict.fromkeys(c.METHOD for c in able):  # pyright: ignore
         why = next((f"{name}: {w}" for name, (f, role) in sites.items() if (w := CONTAINERS[c].refuses(f, role))), None)
         if why is None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import InputError
-from halfbyte.formats import FORMATS, Format, Integers
+from halfbyte.formats import FORMATS, SOURCE, Format, Integers
 from halfbyte.qtensor import QTensor, check_parts, pack, unpack
 
 
@@ -80,25 +80,28 @@ def row_bytes(f: Format, n: int) -> int:
     return n // block.numbers * block.size
 
 
-_SAME = {"int4": "q4_0", "int5": "q5_0", "int8": "q8_0"}  # symmetric integers: ggml's name in groups of 32
+# integers, symmetric or with a float that is added: ggml's name in groups of 32
+_SAME = {"int4": "q4_0", "int5": "q5_0", "int8": "q8_0", "uint4": "q4_1", "uint5": "q5_1"}
 
 
 def fitting(q: QTensor) -> QTensor | None:
-    """The same values in one of ggml's blocks, codes and scales unchanged; None if none has them. Symmetric integers
-    in longer groups fit where fp16 holds their scales exactly: each scale is then stored once for every 32."""
+    """The same values in one of ggml's blocks, codes and scales unchanged; None if none has them. Integers in longer
+    groups fit where fp16 holds their scales, and what is added, exactly: each is then stored once for every 32."""
     if "order" in q.parts:
         return None
     if q.format.name in BLOCKS and q.format == FORMATS[q.format.name]:
         return q if q.shape[-1] % BLOCKS[q.format.name].numbers == 0 else None
     f, scale = q.format, q.parts["scale"]
-    name = _SAME.get(f.name.split("-")[0]) if isinstance(f.grid, Integers) and f.zero is None else None
+    name = _SAME.get(f.name.split("-")[0]) if isinstance(f.grid, Integers) and f.zero in (None, SOURCE) else None
     if name is None or f.flat or f.group == "tensor" or not isinstance(scale, Tensor) or not q.shape[-1]:
         return None
-    group, halves = q.shape[-1] // scale.shape[-1], scale.half()
-    if group % 32 or not torch.equal(halves.float(), scale.float()):
+    if (FORMATS[name].zero is None) != (f.zero is None):
         return None
-    parts = {"codes": q.canonical().parts["codes"], "scale": halves.repeat_interleave(group // 32, -1)}
-    return QTensor(FORMATS[name], q.shape, q.dtype, parts)
+    group, floats = q.shape[-1] // scale.shape[-1], {k: t for k, t in q.tensors().items() if k != "codes"}
+    if group % 32 or not all(torch.equal(t.half().float(), t.float()) for t in floats.values()):
+        return None
+    parts = {k: t.half().repeat_interleave(group // 32, -1) for k, t in floats.items()}
+    return QTensor(FORMATS[name], q.shape, q.dtype, {"codes": q.canonical().parts["codes"], **parts})
 
 
 def to_blocks(q: QTensor) -> Tensor:

@@ -17,7 +17,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # What PEFT writes that changes what an adapter computes, and the value that means it does not.
 _NEUTRAL: dict[str, Any] = {
-    "bias": "none", "lora_bias": False, "use_qalora": False, "megatron_config": None,
+    "bias": "none", "lora_bias": False, "megatron_config": None,
     "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "layer_replication": None,
     "trainable_token_indices": None, "target_parameters": None, "alora_invocation_tokens": None,
     "corda_config": None, "arrow_config": None, "exclude_modules": None, "layers_to_transform": None,
@@ -26,10 +26,10 @@ _NEUTRAL: dict[str, Any] = {
 _SILENT = {
     "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode",
     "target_modules", "fan_in_fan_out", "layers_pattern", "megatron_core", "loftq_config", "eva_config",
-    "lora_ga_config", "ensure_weight_tying", "qalora_group_size",
+    "lora_ga_config", "ensure_weight_tying",
 }  # fmt: skip
 _STARTS = (True, False, "gaussian", "orthogonal", "eva")  # init_lora_weights that leave the base as it is
-_SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+_SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "use_qalora", "qalora_group_size")
 
 
 def write(
@@ -72,6 +72,8 @@ def read(folder: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, Tensor]
     if not isinstance(base, str):
         raise InputError(f"{folder / CONFIG}: base_model_name_or_path is missing.")
     settings = {k: config[k] for k in _SETTINGS if k in config}
+    if not settings.get("use_qalora"):  # PEFT states a group size beside every LoRA
+        settings = {k: v for k, v in settings.items() if "qalora" not in k}
     wrong = [k for k, v in settings.items() if not isinstance(v, int | float)]
     if wrong or not isinstance(settings.get("r"), int):
         raise InputError(f"{folder / CONFIG}: {(wrong or ['r'])[0]} should be a number.")

@@ -67,8 +67,8 @@ def _tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
     config = job.loaded.config
     for name, adapter in adapters.attached(job.loaded.model).items():
         tensor = gguf.architecture_of(config).tensor(f"{name}.weight", config)
-        order, b = gguf.architecture_of(config).rows(tensor, config), adapter.lora_B.detach().float()
-        yield f"{tensor}.lora_a", adapter.lora_A.detach().float()
+        order, (a, b) = gguf.architecture_of(config).rows(tensor, config), adapter.factors()
+        yield f"{tensor}.lora_a", a
         yield f"{tensor}.lora_b", b if order is None else b[order]
 
 

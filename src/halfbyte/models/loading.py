@@ -67,6 +67,13 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
         raise InputError(f"{source}: no such folder here, and the hub did not give it: {reason(e)}") from None
 
 
+def sha256(path: Path) -> str:
+    """One hash for the weights of a folder or file, as a model that was read from there has it. Raises InputError."""
+    if path.is_dir() and not (path / "config.json").exists() and len(files := list(path.glob("*.gguf"))) == 1:
+        path = files[0]
+    return Shards.of_folder(path).sha256() if path.is_dir() else sha256_of([path])
+
+
 def load(
     source: str | Path,
     dtype: torch.dtype | None = None,

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from pydantic import ConfigDict, model_validator
 
-from halfbyte import adapters, layers, models
+from halfbyte import adapters, bases, layers, models
 from halfbyte.errors import InputError
 from halfbyte.run import Run, attach_from, dequantize, load, see_through, sharing, to_scheme
 from halfbyte.steps.step import Step
@@ -25,6 +25,11 @@ class Adapt(Step):
     adapter: str = "lora"
     target_modules: str | list[str] = "all-linear"
     path: str | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        adapters.check(self.model_extra or {})
+        return self
 
     def __call__(self, run: Run) -> None:
         if adapters.attached(run.model):
@@ -103,25 +108,40 @@ class Dequantize(Step):
         dequantize(run)
 
 
+def _folded(w: layers.Weight) -> tuple[float, float]:
+    """Merges; how far the weights then are from their sums: the largest, and all together."""
+    off = w.merge()
+    return off.max().item(), off.mean().item() * w.shape.numel()
+
+
 class Merge(Step):
-    """Folds the adapters into their weights. base "trained": into what they were trained on (dequantized, for
-    QLoRA); "original": into the checkpoint's own weights."""
+    """Folds the adapters into their weights. base "trained": into what they were trained on (dequantized, for QLoRA;
+    for QA-LoRA the zero points take it in, and codes and scales stay); "original": into what its codes were made from,
+    or `model`, another MODEL of the same layers.
+
+    What rounding the sums costs is noted as merge_rounding: the largest and the mean distance of a weight, and how many
+    weights are codes whose zero points took it in."""
 
     base: str = "trained"
+    model: str | None = None
 
     def __call__(self, run: Run) -> None:
         if self.base not in ("trained", "original"):
             raise InputError(f"--base {self.base}: it is trained or original.")
         if not adapters.attached(run.model):
             raise InputError(f"{run.loaded.source} has no adapter to merge.")
-        if self.base == "original":
-            fresh = layers.weights(models.load(run.loaded.source, run.loaded.config.dtype).model)
-            for name, w in layers.weights(run.model).items():
-                if isinstance(w.stored, layers.Codes):
-                    w.store(fresh[name].base().detach())
-        for w in layers.weights(run.model).values():
-            w.merge()
-        if not run.holds_as_it_is():  # a base from a file of another kind: the result is a 16-bit model
+        if self.base == "original" and (other := bases.other(run, self.model)) is not None:
+            bases.put(run, other)
+        held = [w for w in layers.weights(run.model).values() if w.adapters]
+        largest, total = zip(*(_folded(w) for w in held), strict=True)
+        shifted = sum(isinstance(w.stored, layers.Codes) for w in held)
+        if not shifted and not run.holds_as_it_is():  # a base from a file of another kind: the result is 16-bit
             dequantize(run)
         run.notes.pop("stored", None)
         run.notes["merged"] = self.base
+        run.waiting.clear()  # they were trained beside what was there before
+        for w in layers.weights(run.model).values():
+            w.waiting.clear()
+        if not any(w.grid is not None for w in held):  # through one, rounding was trained
+            mean = sum(total) / sum(w.shape.numel() for w in held)
+            run.notes["merge_rounding"] = {"largest": max(largest), "mean": mean, "zero_points": shifted}
