@@ -108,7 +108,7 @@ class Run:
 
     def _write_adapter(self, folder: Path) -> None:
         found = adapters.attached(self.model)
-        settings = next(iter(found.values())).settings()
+        settings = adapters.settings(found)
         if self.notes.get("calibrated"):
             raise InputError(
                 "the adapter's base are codes that calibration found: save them as a model before adapting."
@@ -228,6 +228,16 @@ def attach_from(run: Run, path: Path) -> None:
     names = [n for n, op in ops(run.model) if isinstance(op, Linear)]
     if missing := [n for n in states if n not in names]:
         raise InputError(f"{path}: the model {run.loaded.source} has no linear layer {missing[0]!r}.")
+    for name, state in states.items():  # before memory is taken for a rank that a config names
+        a = state["lora_A.weight"]
+        if a.ndim != 2 or len(a) < (r := adapters.own(settings, name)["r"]):
+            raise InputError(f"{path}: {name}.lora_A has the shape {tuple(a.shape)}, and not the rank {r}.")
+    moves = settings.get("init_lora_weights", True) is not True
+    if moves and any(isinstance(w.stored, Codes) for w in weights(run.model).values()):
+        raise InputError(
+            f"{path}: its init_lora_weights, {settings['init_lora_weights']}, takes a part out of the base, which this "
+            "one, of codes, is not beside it: have PEFT save it converted (path_initial_model_for_weight_conversion)."
+        )
     for name, weight in adapters.attach(run.model, list(states), "lora", **settings).items():
         adapter: Any = weight.adapters[adapters.NAME]
         for key, value in states[name].items():

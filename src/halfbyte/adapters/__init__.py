@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from halfbyte.adapters.dora import Dora
 from halfbyte.adapters.lora import Lora
+from halfbyte.adapters.starts import check, start
 from halfbyte.errors import InputError
 from halfbyte.layers import Linear, Weight, ops
 
@@ -43,8 +45,12 @@ def lora(weight: Weight, use_dora: bool = False, **settings: Any) -> nn.Module:
     return (Dora if use_dora else Lora)(weight, **settings)
 
 
+__all__ = ["ADAPTERS", "NAME", "PATTERNS", "Adapter", "attach", "attached", "check", "lora", "own", "settings", "start",
+           "targets", "unmet"]  # fmt: skip
+
 ADAPTERS: dict[str, Callable[..., nn.Module]] = {"lora": lora}
 NAME = "default"  # PEFT's name for the only adapter
+PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}  # settings by layer, of what all others have one of
 
 
 def targets(model: nn.Module, roles: Mapping[str, str], target_modules: str | list[str] = "all-linear") -> list[str]:
@@ -71,6 +77,26 @@ def _endings(names: list[str]) -> str:
     return f"this model has {', '.join(sorted({n.rpartition('.')[2] for n in names}))}"
 
 
+def own(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The settings of one layer: of PEFT's rank_pattern and alpha_pattern the first row whose key meets its name."""
+    out = {k: v for k, v in settings.items() if k not in PATTERNS}
+    for pattern, key in PATTERNS.items():
+        if found := [v for k, v in (settings.get(pattern) or {}).items() if _meets(k, name)]:
+            out[key] = found[0]
+    return out
+
+
+def unmet(settings: Mapping[str, Any], names: list[str]) -> str | None:
+    """A key of the patterns that meets no layer of these."""
+    keys = [k for pattern in PATTERNS for k in settings.get(pattern) or {}]
+    return next((k for k in keys if not any(_meets(k, n) for n in names)), None)
+
+
+def _meets(key: str, name: str) -> bool:
+    """PEFT's rule (get_pattern_key): the key, a regular expression, is the name, or its end from a dot on."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
 def attach(model: nn.Module, names: list[str], kind: str = "lora", **settings: Any) -> dict[str, Weight]:
     """Adds an adapter of a kind in ADAPTERS to the weights of the named ops. Returns them by op's name.
 
@@ -84,8 +110,8 @@ def attach(model: nn.Module, names: list[str], kind: str = "lora", **settings: A
     if shared := [n for n, w in met.items() if id(w) in embeddings]:
         other = embeddings[id(met[shared[0]])]
         raise InputError(f"{shared[0]} shares its weight with {other}, so that it cannot have an adapter of its own.")
-    for weight in met.values():
-        weight.adapters[NAME] = ADAPTERS[kind](weight, **settings)
+    for name, weight in met.items():
+        weight.adapters[NAME] = ADAPTERS[kind](weight, **own(settings, name))
     return met
 
 
@@ -98,3 +124,24 @@ def attached(model: nn.Module) -> dict[str, Any]:
             seen.add(id(op.weight))
             out[name] = op.weight.adapters[NAME]
     return out
+
+
+def settings(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of all adapters, by op's name, as one: r and lora_alpha of most layers, and of the others in patterns, by
+    the ending of a name where all that end so have the same."""
+    each = {name: a.settings() for name, a in found.items()}
+    out = dict(next(iter(each.values())))
+    for pattern, key in PATTERNS.items():
+        if key in out:
+            values = {name: s[key] for name, s in each.items()}
+            out[key] = Counter(values.values()).most_common(1)[0][0]
+            out[pattern] = _pattern(values, out[key])
+    return out
+
+
+def _pattern(values: Mapping[str, Any], common: Any) -> dict[str, Any]:
+    endings: dict[str, set[Any]] = {}
+    for name, value in values.items():
+        endings.setdefault(name.rpartition(".")[2], set()).add(value)
+    keys = {n: end if len(endings[end := n.rpartition(".")[2]]) == 1 else n for n in values}
+    return {keys[n]: v for n, v in sorted(values.items(), key=lambda item: -len(item[0])) if v != common}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ _PREFIX = "base_model.model."
 # What PEFT writes that changes what an adapter computes, and the value that means it does not.
 _NEUTRAL: dict[str, Any] = {
     "bias": "none", "lora_bias": False, "use_qalora": False, "megatron_config": None,
-    "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "layer_replication": None,
+    "modules_to_save": None, "layer_replication": None,
     "trainable_token_indices": None, "target_parameters": None, "alora_invocation_tokens": None,
     "corda_config": None, "arrow_config": None, "exclude_modules": None, "layers_to_transform": None,
 }  # fmt: skip
@@ -29,7 +30,13 @@ _SILENT = {
     "lora_ga_config", "ensure_weight_tying", "qalora_group_size",
 }  # fmt: skip
 _STARTS = (True, False, "gaussian", "orthogonal", "eva")  # init_lora_weights that leave the base as it is
+_RESIDUAL = (
+    "pissa",
+    "olora",
+)  # that take a part out of it, which is found anew from the base; others draw it at random
 _SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+_QUANTIFIERS = 4  # of a regular expression that names layers
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 def write(
@@ -42,6 +49,7 @@ def write(
     met = [n for n in linear_names if n.rpartition(".")[2] in endings]
     config = {
         **_NEUTRAL,
+        **{key: {} for key in _PATTERNS},
         **settings,
         "base_model_name_or_path": base,
         "target_modules": endings if sorted(met) == sorted(adapters) else sorted(adapters),
@@ -64,7 +72,9 @@ def read(folder: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, Tensor]
     if config.get("peft_type") != "LORA":
         raise InputError(f"{folder / CONFIG}: peft_type {config.get('peft_type')!r} is not known; LORA is.")
     for key, value in config.items():
-        if key in _SILENT or key in _SETTINGS or (key == "init_lora_weights" and value in _STARTS):
+        if key in _SILENT or key in _SETTINGS or key in _PATTERNS:
+            continue
+        if key == "init_lora_weights" and value in (*_STARTS, *_RESIDUAL):
             continue
         if value not in (_NEUTRAL.get(key), None, False, {}, []):  # a switch that is on, also one newer than this
             raise InputError(f"{folder / CONFIG}: {key}={value!r} is not known to halfbyte.")
@@ -75,6 +85,9 @@ def read(folder: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, Tensor]
     wrong = [k for k, v in settings.items() if not isinstance(v, int | float)]
     if wrong or not isinstance(settings.get("r"), int):
         raise InputError(f"{folder / CONFIG}: {(wrong or ['r'])[0]} should be a number.")
+    settings |= {k: _checked(config[k], f"{folder / CONFIG}: {k}") for k in _PATTERNS if config.get(k)}
+    if (begin := config.get("init_lora_weights")) in _RESIDUAL:
+        settings["init_lora_weights"] = begin
     if not (folder / WEIGHTS).exists():
         raise InputError(f"{folder / WEIGHTS} is missing; adapters in pickle files are not read.")
     keys = ["lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector"] if settings.get("use_dora") else [])]
@@ -88,3 +101,20 @@ def read(folder: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, Tensor]
     if bad := [n for n, t in out.items() if len(t) != len(keys)]:
         raise InputError(f"{folder / WEIGHTS}: {bad[0]} lacks {' or '.join(k.removesuffix('.weight') for k in keys)}.")
     return base, settings, out
+
+
+def _checked(pattern: Any, where: str) -> dict[str, float]:
+    """A rank_pattern or alpha_pattern. Raises InputError where it is none, or one whose regular expressions could take
+    forever."""
+    if not isinstance(pattern, dict) or not all(type(v) in (int, float) and v > 0 for v in pattern.values()):
+        raise InputError(f"{where} should give numbers above 0 by layers' names.")
+    if "rank" in where.rpartition(": ")[2] and not all(isinstance(v, int) for v in pattern.values()):
+        raise InputError(f"{where} should give whole numbers.")
+    for key in pattern:
+        try:
+            re.compile(key)
+        except re.error as e:
+            raise InputError(f"{where}: {key!r} is no regular expression: {e}.") from None
+        if re.search(r"\)[*+?{]", key) or len(re.findall(r"[*+{]", key)) > _QUANTIFIERS:
+            raise InputError(f"{where}: {key[:80]!r} repeats too much to be a layer's name.")
+    return pattern

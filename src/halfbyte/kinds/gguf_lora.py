@@ -67,15 +67,16 @@ def _tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
     config = job.loaded.config
     for name, adapter in adapters.attached(job.loaded.model).items():
         tensor = gguf.architecture_of(config).tensor(f"{name}.weight", config)
-        order, b = gguf.architecture_of(config).rows(tensor, config), adapter.lora_B.detach().float()
-        yield f"{tensor}.lora_a", adapter.lora_A.detach().float()
+        state = adapter.state()
+        order, b = gguf.architecture_of(config).rows(tensor, config), state["lora_B.weight"].float()
+        yield f"{tensor}.lora_a", state["lora_A.weight"].float()
         yield f"{tensor}.lora_b", b if order is None else b[order]
 
 
 def write(job: Job, path: Path) -> None:
     """See Kind."""
-    one = next(iter(adapters.attached(job.loaded.model).values()))
-    alpha = one.lora_alpha * (math.sqrt(one.r) if one.use_rslora else 1.0)  # readers divide by r
+    one = next(iter(adapters.attached(job.loaded.model).values())).settings()
+    alpha = one["lora_alpha"] * (math.sqrt(one["r"]) if one["use_rslora"] else 1.0)  # readers divide by r
     said: dict[str, container.Value] = {
         "general.architecture": gguf.architecture_of(job.loaded.config).name,
         "general.type": "adapter",

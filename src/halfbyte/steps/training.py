@@ -67,6 +67,7 @@ class Train(Step):
         notes = {
             "base_sha256": run.loaded.sha256, "dtype": str(run.loaded.config.dtype).removeprefix("torch."),
             "data_sha256": rows.sha256, "data_kind": rows.kind, "data_tokens": rows.tokens, "trained": what,
+            "adapter": run.notes.get("adapter"),
             "training": {**vars(args), "loss": self.loss, "batch_size": self.batch_size, "max_length": self.max_length,
                          "seed": run.seed},
         }  # fmt: skip
