@@ -11,11 +11,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from halfbyte import FORMATS, InputError, kernels, run
+from halfbyte import FORMATS, InputError, adapters, kernels, models, run
 from halfbyte.adapters import attached
 from halfbyte.adapters.lora import Lora
 from halfbyte.adapters.starts import STARTS, start
-from halfbyte.layers import Codes, Grid, Weight, weights
+from halfbyte.layers import Codes, Grid, Weight, ops, weights
 from halfbyte.model import load
 from halfbyte.recipe import parse_recipe, save
 from halfbyte.steps import Adapt
@@ -293,3 +293,54 @@ def test_more_directions_than_there_are_are_refused(name):
 def test_every_row_says_what_it_is():
     assert all(row.make.__doc__ for row in STARTS.values())
     assert start("pissa_niter_7").moves
+
+
+# ---- EVA
+
+
+def test_eva_begins_at_the_directions_in_which_the_inputs_vary_most():
+    x = torch.randn(200, 64) @ torch.diag(0.9 ** torch.arange(64)) @ torch.linalg.qr(torch.randn(64, 64))[0]
+    lora = Lora(weight(), r=4, init_lora_weights="eva", told=x.T @ x / len(x))
+    _, _, vh = torch.linalg.svd(x.double(), full_matrices=False)
+    torch.testing.assert_close((lora.lora_A.double() @ vh[:4].T).abs(), torch.eye(4).double(), rtol=0, atol=1e-4)
+    assert not lora.lora_B.any()
+
+
+@pytest.mark.parametrize("name", ["llama-untied", "gpt2", "mixtral"])
+def test_eva_sees_what_each_layer_is_fed(tmp_path, name):
+    """Of every layer, inside a block or not, A spans the same as the singular vectors of all its inputs."""
+    made = run.load(folder(tmp_path / "base", name, words=True), seed=1)
+    targets = {"llama-untied": ["q_proj", "down_proj", "lm_head"], "gpt2": ["c_proj"], "mixtral": ["down_proj"]}[name]
+    step = Adapt(init_lora_weights="eva", r=4, target_modules=targets, calibration=TEXT, samples=2, max_length=24)
+    fed, found = {}, dict(ops(made.model))
+    batches = step._batches(made, step._rows(made))
+    before = logits(made.model)
+    for op_name in adapters.targets(made.model, models.roles(made.model), targets):
+        found[op_name].register_forward_pre_hook(lambda m, args, n=op_name: fed.setdefault(n, []).append(args[0]))
+    for batch in batches:
+        made.model(**batch.inputs)
+    seen = {n: torch.cat([x.flatten(0, -2) for x in xs]).double() for n, xs in fed.items()}
+    step(made)
+    assert torch.equal(logits(made.model), before)
+    assert attached(made.model).keys() == seen.keys()
+    for op_name, lora in attached(made.model).items():
+        a = lora.lora_A.double()
+        torch.testing.assert_close(a @ a.T, torch.eye(4).double(), rtol=0, atol=1e-5)
+        kept, most = (seen[op_name] @ a.T).square().sum(), torch.linalg.svdvals(seen[op_name])[:4].square().sum()
+        torch.testing.assert_close(kept, most, rtol=1e-4, atol=0)
+
+
+def test_eva_without_text_is_refused(tmp_path):
+    for text in ({}, {"calibration": "none"}):
+        with pytest.raises(InputError, match="eva is found on text"):
+            Adapt(init_lora_weights="eva", **text)
+    with pytest.raises(InputError, match="eva is found on text"):
+        Lora(weight(), init_lora_weights="eva")
+
+
+def test_eva_is_found_on_what_is_trained_on(tmp_path):
+    base = folder(tmp_path / "base", words=True)
+    made = load(base).train(method="qlora", init_lora_weights="eva", r=4, **SHORT)
+    assert made.log.curve[-1]["loss"] < made.log.curve[0]["loss"]
+    path = made.save(tmp_path / "adapter")
+    assert torch.equal(logits(load(path).model), logits(made.model))

@@ -144,4 +144,4 @@ def _pattern(values: Mapping[str, Any], common: Any) -> dict[str, Any]:
     for name, value in values.items():
         endings.setdefault(name.rpartition(".")[2], set()).add(value)
     keys = {n: end if len(endings[end := n.rpartition(".")[2]]) == 1 else n for n in values}
-    return {keys[n]: v for n, v in sorted(values.items(), key=lambda item: -len(item[0])) if v != common}
+    return {keys[n]: v for n, v in values.items() if v != common}

@@ -85,7 +85,7 @@ def read(folder: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, Tensor]
     wrong = [k for k, v in settings.items() if not isinstance(v, int | float)]
     if wrong or not isinstance(settings.get("r"), int):
         raise InputError(f"{folder / CONFIG}: {(wrong or ['r'])[0]} should be a number.")
-    settings |= {k: _checked(config[k], f"{folder / CONFIG}: {k}") for k in _PATTERNS if config.get(k)}
+    settings |= {k: check_pattern(config[k], k, f"{folder / CONFIG}: ") for k in _PATTERNS if config.get(k)}
     if (begin := config.get("init_lora_weights")) in _RESIDUAL:
         settings["init_lora_weights"] = begin
     if not (folder / WEIGHTS).exists():
@@ -103,18 +103,18 @@ def read(folder: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, Tensor]
     return base, settings, out
 
 
-def _checked(pattern: Any, where: str) -> dict[str, float]:
-    """A rank_pattern or alpha_pattern. Raises InputError where it is none, or one whose regular expressions could take
-    forever."""
+def check_pattern(pattern: Any, key: str, where: str = "") -> dict[str, float]:
+    """A rank_pattern or alpha_pattern, as `key` says. Raises InputError where it is none, or one whose regular
+    expressions could take forever."""
     if not isinstance(pattern, dict) or not all(type(v) in (int, float) and v > 0 for v in pattern.values()):
-        raise InputError(f"{where} should give numbers above 0 by layers' names.")
-    if "rank" in where.rpartition(": ")[2] and not all(isinstance(v, int) for v in pattern.values()):
-        raise InputError(f"{where} should give whole numbers.")
-    for key in pattern:
+        raise InputError(f"{where}{key} should give numbers above 0 by layers' names.")
+    if key == "rank_pattern" and not all(isinstance(v, int) for v in pattern.values()):
+        raise InputError(f"{where}{key} should give whole numbers.")
+    for name in pattern:
         try:
-            re.compile(key)
+            re.compile(name)
         except re.error as e:
-            raise InputError(f"{where}: {key!r} is no regular expression: {e}.") from None
-        if re.search(r"\)[*+?{]", key) or len(re.findall(r"[*+{]", key)) > _QUANTIFIERS:
-            raise InputError(f"{where}: {key[:80]!r} repeats too much to be a layer's name.")
+            raise InputError(f"{where}{key}: {name!r} is no regular expression: {e}.") from None
+        if re.search(r"\)[*+?{]", name) or len(re.findall(r"[*+{]", name)) > _QUANTIFIERS:
+            raise InputError(f"{where}{key}: {name[:80]!r} repeats too much to be a layer's name.")
     return pattern

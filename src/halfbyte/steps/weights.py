@@ -12,6 +12,7 @@ from pydantic import ConfigDict, model_validator
 from torch import Tensor
 
 from halfbyte import adapters, calibrate, layers, models
+from halfbyte.containers.peft import check_pattern
 from halfbyte.errors import InputError
 from halfbyte.run import Run, attach_from, dequantize, load, see_through, sharing, to_scheme
 from halfbyte.steps.codes import Calibrated
@@ -50,6 +51,8 @@ class Adapt(Calibrated):
         if self.adapter != "lora":
             return self
         named = self._own.get("init_lora_weights", True)
+        for key in adapters.PATTERNS:
+            check_pattern(self._own.get(key) or {}, key)
         for r in (self._own.get("r", 2), *(self._own.get("rank_pattern") or {}).values()):
             adapters.check(named, r)
         if self.path is not None and named is not True:
