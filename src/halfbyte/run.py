@@ -121,7 +121,9 @@ class Run:
         base = self.loaded.source
         if Path(base).exists():
             base = os.path.abspath(base)
-        peft.write(folder, states, settings, base, linear, fan_in_fan_out=turned)
+        saved = adapters.whole.state(self.model)
+        settings |= {"modules_to_save": list(adapters.whole.kept(self.model)) or None}
+        peft.write(folder, states, settings, base, linear, fan_in_fan_out=turned, saved=saved)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
         if getattr(self.model, "generation_config", None) is not None:
@@ -217,7 +219,7 @@ def _load_adapter(path: Path, dtype: torch.dtype | None, seed: int) -> Run:
 def attach_from(run: Run, path: Path) -> None:
     """Attaches the LoRA of a PEFT folder. Raises InputError if it was trained on other weights (by the hash that
     halfbyte recorded), or the model lacks one of its layers, or a shape differs."""
-    _, settings, states = peft.read(path)
+    _, settings, states, saved = peft.read(path)
     notes = read_json(path / NOTES) if (path / NOTES).exists() else {}
     wanted, here = notes.get("base_sha256"), run.loaded.sha256
     if wanted and wanted != here:
@@ -238,6 +240,9 @@ def attach_from(run: Run, path: Path) -> None:
             f"{path}: its init_lora_weights, {settings['init_lora_weights']}, takes a part out of the base, which this "
             "one, of codes, is not beside it: have PEFT save it converted (path_initial_model_for_weight_conversion)."
         )
+    if whole := settings.pop("modules_to_save", None):
+        adapters.whole.keep(run.model, whole)
+        adapters.whole.load(run.model, saved, str(path))
     for name, weight in adapters.attach(run.model, list(states), "lora", **settings).items():
         adapter: Any = weight.adapters[adapters.NAME]
         for key, value in states[name].items():
@@ -247,7 +252,7 @@ def attach_from(run: Run, path: Path) -> None:
             p.data.copy_(value)
     run.model.eval()
     run.files = [run.loaded.path, path]
-    run.notes["adapter"] = {"adapter": "lora", **settings}
+    run.notes["adapter"] = {"adapter": "lora", **settings, **({"modules_to_save": whole} if whole else {})}
 
 
 def see_through(run: Run, chosen: Scheme | Mix, how: str = "minmax") -> None:

@@ -124,7 +124,6 @@ def test_target_modules_are_endings_where_these_meet_just_the_adapted_layers(tmp
 @pytest.mark.parametrize(
     ("key", "settings"),
     [
-        ("modules_to_save", {"modules_to_save": ["lm_head"]}),
         ("bias", {"bias": "lora_only"}),
         ("layers_to_transform", {"layers_to_transform": [0]}),
         ("trainable_token_indices", {"trainable_token_indices": [3]}),

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from halfbyte.adapters import whole
 from halfbyte.adapters.dora import Dora
 from halfbyte.adapters.lora import Lora
 from halfbyte.adapters.starts import check, start
@@ -46,7 +47,7 @@ def lora(weight: Weight, use_dora: bool = False, **settings: Any) -> nn.Module:
 
 
 __all__ = ["ADAPTERS", "NAME", "PATTERNS", "Adapter", "attach", "attached", "check", "lora", "own", "settings", "start",
-           "targets", "unmet"]  # fmt: skip
+           "targets", "unmet", "whole"]  # fmt: skip
 
 ADAPTERS: dict[str, Callable[..., nn.Module]] = {"lora": lora}
 NAME = "default"  # PEFT's name for the only adapter
@@ -55,7 +56,8 @@ PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}  # settings by l
 
 def targets(model: nn.Module, roles: Mapping[str, str], target_modules: str | list[str] = "all-linear") -> list[str]:
     """Names of the ops that get an adapter, by PEFT's rules: "all-linear" (all but the head and routers), a
-    regular expression for the whole name, or a list of names or name endings. Raises InputError if none is met."""
+    regular expression for the whole name, or a list of names or name endings; of modules that are trained whole, none.
+    Raises InputError if none is met."""
     names = [n for n, op in ops(model) if isinstance(op, Linear)]
     if target_modules == "all-linear":
         found = [n for n in names if roles[n] in ("linear", "conv1d")]
@@ -68,6 +70,8 @@ def targets(model: nn.Module, roles: Mapping[str, str], target_modules: str | li
         found = [n for n in names if any(n == t or n.endswith(f".{t}") for t in target_modules)]
         if unmet := [t for t in target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]:
             raise InputError(f"--target-modules: no linear layer is named {', '.join(unmet)}; {_endings(names)}.")
+    inside = tuple(f"{n}." for n in whole.kept(model))
+    found = [n for n in found if not f"{n}.".startswith(inside)]
     if not found:
         raise InputError(f"--target-modules {target_modules!r} meets no linear layer; {_endings(names)}.")
     return found

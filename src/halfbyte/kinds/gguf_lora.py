@@ -37,6 +37,10 @@ def refuses(job: Job) -> str | None:
         return "it is no adapter folder"
     if any(a.settings().get("use_dora") for a in found.values()):
         return "it is DoRA, of which llama.cpp's file of an adapter holds no norms: `halfbyte merge` it instead"
+    if whole := list(adapters.whole.kept(job.loaded.model)):
+        return (
+            f"{whole[0]} was trained whole, which llama.cpp's file of an adapter has no place for: `halfbyte merge` it"
+        )
     try:
         list(_tensors(job))
     except InputError as e:

@@ -146,6 +146,7 @@ def trainable(model: nn.Module) -> str:
     if found := adapters.attached(model):
         for adapter in found.values():
             adapter.requires_grad_(True)
+        adapters.whole.requires_grad(model)
         return "adapters"
     coded = [w for w in layers.weights(model).values() if isinstance(w.stored, layers.Codes)]
     if coded:

@@ -23,13 +23,15 @@ class Adapt(Calibrated):
     """Adds an adapter to every weight that target_modules meets. Further keys are the adapter's settings, among them
     PEFT's init_lora_weights, and r and lora_alpha of single layers (rank_pattern, alpha_pattern).
 
-    path: go on from a PEFT adapter folder instead; its settings and targets then hold. calibration: the text that a
-    start is found on which needs some (eva).
+    modules_to_save: names, or their endings, of modules that are trained whole beside the adapters. path: go on from a
+    PEFT adapter folder instead; its settings and targets then hold. calibration: the text that a start is found on
+    which needs some (eva).
     """
 
     model_config = ConfigDict(extra="allow")
     adapter: str = "lora"
     target_modules: str | list[str] = "all-linear"
+    modules_to_save: list[str] | None = None
     path: str | None = None
 
     @property
@@ -73,6 +75,8 @@ class Adapt(Calibrated):
             attach_from(run, Path(self.path))
             return
         torch.manual_seed(run.seed)  # so that A does not depend on what ran before
+        if self.modules_to_save:
+            adapters.whole.keep(run.model, self.modules_to_save)
         names = adapters.targets(run.model, models.roles(run.model), self.target_modules)
         if (key := adapters.unmet(self._own, names)) is not None:
             raise InputError(f"rank_pattern, alpha_pattern: {key!r} meets no layer that gets an adapter.")
@@ -83,7 +87,8 @@ class Adapt(Calibrated):
                 adapters.attach(run.model, [name], self.adapter, told=told, **self._own)
         except TypeError as e:
             raise InputError(f"adapter {self.adapter}: {e}.") from None
-        run.notes["adapter"] = {"adapter": self.adapter, **self._own}
+        saved = {"modules_to_save": self.modules_to_save} if self.modules_to_save else {}
+        run.notes["adapter"] = {"adapter": self.adapter, **self._own, **saved}
 
     def _found(self, run: Run, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """What the adapters' start has to be told, one op after the other."""
@@ -187,6 +192,7 @@ class Merge(Step):
                     w.store(fresh[name].base().detach())
         for w in layers.weights(run.model).values():
             w.merge()
+        adapters.whole.let_go(run.model)
         if not run.holds_as_it_is():  # a base from a file of another kind: the result is a 16-bit model
             dequantize(run)
         run.notes.pop("stored", None)
