@@ -21,7 +21,7 @@ from halfbyte.containers.shards import read_json
 from halfbyte.errors import InputError
 from halfbyte.folders import beside
 from halfbyte.formats import Format
-from halfbyte.layers import Codes, Grid, Linear, Op, ops, weights
+from halfbyte.layers import Codes, Embedding, Grid, Linear, Op, ops, weights
 from halfbyte.models import Loaded
 from halfbyte.plan import inventory, plan, totals
 from halfbyte.scheme import Mix, Scheme, custom, scheme, static
@@ -115,7 +115,7 @@ class Run:
             )
         if settings.get("peft_type") != "LORA":
             raise InputError("this adapter has no folder layout that others read; merge it before saving.")
-        linear = [n for n, op in ops(self.model) if isinstance(op, Linear)]
+        linear = [n for n, op in ops(self.model) if isinstance(op, Linear | Embedding)]
         turned = any(op.transposed for n, op in ops(self.model) if n in found)
         states = {n: a.state() for n, a in found.items()}
         base = self.loaded.source
@@ -220,6 +220,7 @@ def attach_from(run: Run, path: Path) -> None:
     """Attaches the LoRA of a PEFT folder. Raises InputError if it was trained on other weights (by the hash that
     halfbyte recorded), or the model lacks one of its layers, or a shape differs."""
     _, settings, states, saved = peft.read(path)
+    by_name = dict(ops(run.model))
     notes = read_json(path / NOTES) if (path / NOTES).exists() else {}
     wanted, here = notes.get("base_sha256"), run.loaded.sha256
     if wanted and wanted != here:
@@ -227,9 +228,12 @@ def attach_from(run: Run, path: Path) -> None:
             f"{path}: this adapter was trained on other weights than those now at {run.loaded.source} "
             f"(sha256 {wanted[:12]}..., found {here[:12]}...)."
         )
-    names = [n for n, op in ops(run.model) if isinstance(op, Linear)]
-    if missing := [n for n in states if n not in names]:
+    if missing := [n for n in states if not isinstance(by_name.get(n), Linear | Embedding)]:
         raise InputError(f"{path}: the model {run.loaded.source} has no linear layer {missing[0]!r}.")
+    for name, given in {n: saved.pop(n) for n in list(saved) if n.endswith(peft.BASE)}.items():
+        op = by_name.get(name.removesuffix(peft.BASE))  # PEFT saves an adapted embedding's own weight too
+        if op is None or op.weight.shape != given.shape or not torch.equal(given.to(op.weight.dtype), op.weight.base()):
+            raise InputError(f"{path}: {name} is another than the base's own: merge the adapter by PEFT.")
     for name, state in states.items():  # before memory is taken for a rank that a config names
         a = state["lora_A.weight"]
         if a.ndim != 2 or len(a) < (r := adapters.own(settings, name)["r"]):

@@ -14,7 +14,7 @@ from halfbyte.adapters.dora import Dora
 from halfbyte.adapters.lora import Lora
 from halfbyte.adapters.starts import check, start
 from halfbyte.errors import InputError
-from halfbyte.layers import Linear, Weight, ops
+from halfbyte.layers import Embedding, Linear, Weight, ops
 
 
 class Adapter(Protocol):
@@ -58,7 +58,7 @@ def targets(model: nn.Module, roles: Mapping[str, str], target_modules: str | li
     """Names of the ops that get an adapter, by PEFT's rules: "all-linear" (all but the head and routers), a
     regular expression for the whole name, or a list of names or name endings; of modules that are trained whole, none.
     Raises InputError if none is met."""
-    names = [n for n, op in ops(model) if isinstance(op, Linear)]
+    names = [n for n, op in ops(model) if isinstance(op, Linear | Embedding)]
     if target_modules == "all-linear":
         found = [n for n in names if roles[n] in ("linear", "conv1d")]
     elif isinstance(target_modules, str):
@@ -69,7 +69,7 @@ def targets(model: nn.Module, roles: Mapping[str, str], target_modules: str | li
     else:
         found = [n for n in names if any(n == t or n.endswith(f".{t}") for t in target_modules)]
         if unmet := [t for t in target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]:
-            raise InputError(f"--target-modules: no linear layer is named {', '.join(unmet)}; {_endings(names)}.")
+            raise InputError(f"--target-modules: no layer is named {', '.join(unmet)}; {_endings(names)}.")
     inside = tuple(f"{n}." for n in whole.kept(model))
     found = [n for n in found if not f"{n}.".startswith(inside)]
     if not found:
@@ -110,12 +110,14 @@ def attach(model: nn.Module, names: list[str], kind: str = "lora", **settings: A
         raise InputError(f"there is no adapter {kind!r}; those are {', '.join(ADAPTERS)}.")
     by_name = dict(ops(model))
     met = {name: by_name[name].weight for name in names}
-    embeddings = {id(op.weight): n for n, op in ops(model) if not isinstance(op, Linear)}
-    if shared := [n for n, w in met.items() if id(w) in embeddings]:
-        other = embeddings[id(met[shared[0]])]
-        raise InputError(f"{shared[0]} shares its weight with {other}, so that it cannot have an adapter of its own.")
     for name, weight in met.items():
-        weight.adapters[NAME] = ADAPTERS[kind](weight, **own(settings, name))
+        if other := next((n for n, op in by_name.items() if op.weight is weight and n != name), None):
+            raise InputError(f"{name} shares its weight with {other}, so that it cannot have an adapter of its own.")
+        if isinstance(by_name[name], Embedding) and settings.get("use_dora"):
+            raise InputError(f"{name} is looked up, and DoRA is for what is multiplied: leave it out, or use_dora.")
+    for name, weight in met.items():
+        looked_up = {"looked_up": True} if isinstance(by_name[name], Embedding) else {}
+        weight.adapters[NAME] = ADAPTERS[kind](weight, **own(settings, name), **looked_up)
     return met
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from halfbyte.adapters.starts import check, start
+from halfbyte.adapters.starts import EMBEDDING, check, start
 from halfbyte.errors import InputError
 from halfbyte.layers import Weight
 
@@ -23,7 +23,8 @@ class LowRank(nn.Module):
     """A and B for one weight, and their settings. Both are float32, whatever the model's dtype.
 
     use_rslora: s = lora_alpha / sqrt(r) (arXiv:2312.03732). init_lora_weights: a name of STARTS, or True; told: what
-    that start has to be told. Raises InputError for a rank below 1, and for a start that cannot be.
+    that start has to be told; looked_up: the weight is an embedding's. Raises InputError for a rank below 1, and for a
+    start that cannot be.
     """
 
     lora_A0: Tensor | None  # noqa: N815
@@ -38,6 +39,7 @@ class LowRank(nn.Module):
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
         told: Tensor | None = None,
+        looked_up: bool = False,
     ) -> None:
         super().__init__()
         if r < 1:
@@ -47,7 +49,7 @@ class LowRank(nn.Module):
         check(init_lora_weights, r)
         self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, lora_dropout, use_rslora
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
-        begin = start(init_lora_weights)
+        begin, self.looked_up = EMBEDDING if looked_up else start(init_lora_weights), looked_up
         a, b = begin.make(weight, r, self.scaling, told)
         self.lora_A, self.lora_B = nn.Parameter(a), nn.Parameter(b)
         self.register_buffer("lora_A0", a.clone() if begin.moves else None)
@@ -75,6 +77,8 @@ class LowRank(nn.Module):
 
     def state(self) -> dict[str, Tensor]:
         """A and B of a plain LoRA: of one that moved, of twice the rank."""
+        if self.looked_up:  # which PEFT holds turned: its rows are columns of what is looked up
+            return {"lora_embedding_A": self.lora_B.detach().T, "lora_embedding_B": self.lora_A.detach().T}
         a, b = zip(*self._pairs(), strict=True)
         return {"lora_A.weight": torch.cat(a).detach(), "lora_B.weight": torch.cat(b, 1).detach()}
 
@@ -93,6 +97,11 @@ class LowRank(nn.Module):
 
 class Lora(LowRank):
     """The low-rank adapter of one weight."""
+
+    def rows(self, ids: Tensor, y: Tensor) -> Tensor:
+        """y, the rows of an embedding that ids (...) name: (..., width), to which those of s B A are added."""
+        b = F.embedding(ids, self.lora_B).to(y.dtype)
+        return y + (b @ self.lora_A.to(y.dtype)) * self.scaling
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return y + self.factored(self.dropped(x)) * self.scaling

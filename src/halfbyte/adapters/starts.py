@@ -59,6 +59,12 @@ def _kaiming(weight: Weight, r: int, s: float, told: Tensor | None) -> Factors:
     return nn.init.kaiming_uniform_(a, a=math.sqrt(5)), b
 
 
+def _looked_up(weight: Weight, r: int, s: float, told: Tensor | None) -> Factors:
+    """Of an embedding, whose weight's rows are tokens: A normal, B zero, as PEFT has it whatever else begins how."""
+    a, b = _nothing(weight, r)
+    return nn.init.normal_(a), b
+
+
 def _gaussian(weight: Weight, r: int, s: float, told: Tensor | None) -> Factors:
     """A normal with the deviation 1/r, B zero."""
     a, b = _nothing(weight, r)
@@ -136,6 +142,7 @@ def _as(t: Tensor, weight: Weight) -> Tensor:
     return t.float().contiguous().to(weight.device)
 
 
+EMBEDDING = Start(_looked_up)
 STARTS: dict[bool | str, Start] = {
     True: Start(_kaiming),
     "gaussian": Start(_gaussian),

@@ -15,6 +15,7 @@ from halfbyte.containers.shards import Shards, read_json
 from halfbyte.errors import InputError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE = ".base_layer.weight"
 _PREFIX = "base_model.model."
 # What PEFT writes that changes what an adapter computes, and the value that means it does not.
 _NEUTRAL: dict[str, Any] = {
@@ -35,6 +36,7 @@ _RESIDUAL = (
     "olora",
 )  # that take a part out of it, which is found anew from the base; others draw it at random
 _SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+_EMBEDDING = {"embedding_A": "lora_B.weight", "embedding_B": "lora_A.weight"}
 _QUANTIFIERS = 4  # of a regular expression that names layers
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
@@ -105,8 +107,13 @@ def read(folder: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, Tensor]
     saved: dict[str, Tensor] = {}
     for name in shards:
         stem, _, key = name.removeprefix(_PREFIX).rpartition(".lora_")
-        if whole and name.startswith(_PREFIX) and not stem:
+        if name.startswith(_PREFIX) and not stem and (whole or name.endswith(BASE)):
             saved[key] = shards.get(name)
+            continue
+        if name.startswith(_PREFIX) and key in _EMBEDDING:  # as that of a linear layer whose inputs are tokens, one-hot
+            if len(shape := shards.shape(name)) != 2:
+                raise InputError(f"{folder / WEIGHTS}: {name} has the shape {shape}, and should be a matrix.")
+            out.setdefault(stem, {})[_EMBEDDING[key]] = shards.get(name).T.contiguous()
             continue
         if not name.startswith(_PREFIX) or f"lora_{key}" not in keys:
             raise InputError(f"{folder / WEIGHTS}: the tensor {name!r} is not known to halfbyte.")

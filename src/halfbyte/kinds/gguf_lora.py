@@ -41,6 +41,8 @@ def refuses(job: Job) -> str | None:
         return (
             f"{whole[0]} was trained whole, which llama.cpp's file of an adapter has no place for: `halfbyte merge` it"
         )
+    if looked_up := [n for n, a in found.items() if getattr(a, "looked_up", False)]:
+        return f"{looked_up[0]} is looked up, and llama.cpp adds to products alone: `halfbyte merge` it instead"
     try:
         list(_tensors(job))
     except InputError as e:

@@ -81,9 +81,10 @@ class Adapt(Calibrated):
         if (key := adapters.unmet(self._own, names)) is not None:
             raise InputError(f"rank_pattern, alpha_pattern: {key!r} meets no layer that gets an adapter.")
         try:
-            if not self._told:
-                adapters.attach(run.model, names, self.adapter, **self._own)
-            for name, told in self._found(run, names):
+            by_name = dict(layers.ops(run.model))
+            begins = [n for n in names if self._told and isinstance(by_name[n], layers.Linear)]
+            adapters.attach(run.model, [n for n in names if n not in begins], self.adapter, **self._own)
+            for name, told in self._found(run, begins):
                 adapters.attach(run.model, [name], self.adapter, told=told, **self._own)
         except TypeError as e:
             raise InputError(f"adapter {self.adapter}: {e}.") from None
