@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from halfbyte.data import Batch
@@ -18,7 +19,7 @@ from halfbyte.models import blocks
 from halfbyte.qtensor import QTensor
 from halfbyte.solvers import SOLVERS, Moments, Site, Solver
 
-__all__ = ["IN_MEMORY", "TOGETHER", "Store", "finite", "freeze", "moments"]
+__all__ = ["IN_MEMORY", "TOGETHER", "Store", "finite", "freeze", "inputs", "moments"]
 
 
 class Store(Protocol):
@@ -121,6 +122,32 @@ def freeze(
         on_block(i + 1, len(groups))
 
 
+@torch.no_grad()
+def inputs(model: nn.Module, names: list[str], batches: list[Batch]) -> Iterator[tuple[str, Tensor]]:
+    """The mean of x x^T over what each named op is fed, float32 (in, in), a block at a time; ops that are fed the same
+    share one. Raises InputError for one that the batches do not reach, and for NaN and infinity."""
+    named = blocks(model)
+    feed, by_name = Feed(model, [m for _, m in named], batches) if named else None, dict(ops(model))
+    for i, (prefix, inside) in enumerate(_by_block([prefix for prefix, _ in named], dict.fromkeys(names))):
+        with watching(by_name, inside, "gram") as seen:
+            if feed is None:
+                for batch in batches:
+                    model(**batch.inputs)
+            elif prefix:
+                feed.states = feed.floats = feed.run(i)
+            else:
+                feed.rest()
+        found = seen.moments()
+        for name in inside:
+            if name not in found:
+                raise InputError(f"the calibration text never reaches {name}, so that nothing is known of its inputs.")
+            gram = found[name].gram
+            assert gram is not None
+            if not gram.isfinite().all():
+                raise InputError(f"the inputs of {name} hold NaN or infinity on the calibration text.")
+            yield name, gram
+
+
 def finite(name: str, op: Op, f: Format) -> Op:
     """The op. Raises InputError if its weight holds what no code stands for."""
     if not op.weight.value().isfinite().all():
@@ -128,7 +155,7 @@ def finite(name: str, op: Op, f: Format) -> Op:
     return op
 
 
-def _by_block(prefixes: list[str], chosen: Mapping[str, Format]) -> list[tuple[str, list[str]]]:
+def _by_block(prefixes: list[str], chosen: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """(block's name, names of its ops that are chosen), in order; last, under "", those outside any block."""
     rest = dict.fromkeys(chosen)
     out = []

@@ -110,12 +110,16 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         w = self.weight
-        if w.adapters or (w.grid is not None and self.training) or not self._rows_alone():
+        added: list[Any] = [a for a in w.adapters.values() if hasattr(a, "rows")] if w.grid is None else []
+        if len(added) < len(w.adapters) or (w.grid is not None and self.training) or not self._rows_alone():
             y = F.embedding(ids, w.value(), self.padding_idx)
+            added = []
         elif w.format is None:
             y = F.embedding(ids, w.base(), self.padding_idx)
         else:
             y = kernels.dequantize(w.frozen().rows(ids))
+        for adapter in added:
+            y = adapter.rows(ids, y)
         return y if self.embed_scale is None else y * self.embed_scale.to(y.dtype)
 
     def _rows_alone(self) -> bool:

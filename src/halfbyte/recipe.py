@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+from halfbyte import adapters
 from halfbyte.errors import InputError
 from halfbyte.folders import check_free, whole
 from halfbyte.layers import weights
@@ -34,6 +35,13 @@ class Given:
     def taught(self, **how: bool) -> list[Step]:
         """What goes before the step that changes the weights, where the loss needs a teacher."""
         return [] if self.train.get("loss", "ce") == "ce" else [Teacher(model=self.teacher, **how)]
+
+    def adapted(self) -> Adapt:
+        """What has to be found on text for the adapter's start is found on what is trained on."""
+        text = {k: self.train[k] for k in ("data", "max_length") if k in self.train}
+        text = {"calibration" if k == "data" else k: v for k, v in text.items()}
+        begins_on_text = adapters.start(self.adapt.get("init_lora_weights", True)).told == "moments"
+        return Adapt(**{**(text if begins_on_text else {}), **self.adapt})
 
     def codes(self, learn: bool = False) -> Freeze:
         """By a solver, on what is trained on, if it needs text."""
@@ -72,10 +80,10 @@ def shifting(given: Any) -> Scheme | Mix:
 
 METHODS: dict[str, Method] = {
     "full": Method(lambda g: [Dequantize(), Train(**g.train)]),
-    "lora": Method(lambda g: [Adapt(**g.adapt), Train(**g.train)], adapts=True),
+    "lora": Method(lambda g: [g.adapted(), Train(**g.train)], adapts=True),
     "qlora": Method(  # onto codes that are there already, or NF4; by rounding: an adapter's folder holds no codes
         lambda g: [
-            Freeze(scheme=g.to or "NF4", keep=g.to is None, calibration="none"), Adapt(**g.adapt), Train(**g.train),
+            Freeze(scheme=g.to or "NF4", keep=g.to is None, calibration="none"), g.adapted(), Train(**g.train),
         ],
         adapts=True,
     ),
@@ -93,7 +101,7 @@ METHODS: dict[str, Method] = {
     ),
     "qat-lora": Method(  # W0 may be held as codes; from a solver's codes it is merged, as no adapter's folder has these
         lambda g: [
-            *([] if g.init is None else [Dequantize()]), *g.taught(keep=False, codes=True), g.seen(), Adapt(**g.adapt),
+            *([] if g.init is None else [Dequantize()]), *g.taught(keep=False, codes=True), g.seen(), g.adapted(),
             Train(**g.train), *([] if g.init is None else [Merge(), Freeze()]),
         ],
         needs_scheme=True,
@@ -146,6 +154,8 @@ def method_steps(
     rest = {**{k: v for k, v in train.items() if k not in own}, **(adapt or {})}
     if rest and not made.adapts:
         raise InputError(f"method {method} does not take {', '.join(rest)}.")
+    if rest.get("init_lora_weights") == "loftq" and method != "qlora":
+        raise InputError(f"--init-lora-weights loftq makes good what --method qlora quantizes; {method} has floats.")
     return made.steps(Given(to, init, teacher, own, rest))
 
 

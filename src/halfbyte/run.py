@@ -22,7 +22,7 @@ from halfbyte.containers.shards import read_json, sha256_of
 from halfbyte.errors import InputError
 from halfbyte.folders import beside
 from halfbyte.formats import Format
-from halfbyte.layers import Codes, Grid, Linear, Op, ops, weights
+from halfbyte.layers import Codes, Embedding, Grid, Linear, Op, ops, weights
 from halfbyte.models import Loaded
 from halfbyte.plan import inventory, plan, totals
 from halfbyte.scheme import Mix, Scheme, custom, scheme, static
@@ -122,20 +122,22 @@ class Run:
 
     def _write_adapter(self, folder: Path) -> None:
         found = adapters.attached(self.model)
-        settings = next(iter(found.values())).settings()
+        settings = adapters.settings(found)
         if self.notes.get("calibrated"):
             raise InputError(
                 "the adapter's base are codes that calibration found: save them as a model before adapting."
             )
         if settings.get("peft_type") != "LORA":
             raise InputError("this adapter has no folder layout that others read; merge it before saving.")
-        linear = [n for n, op in ops(self.model) if isinstance(op, Linear)]
+        linear = [n for n, op in ops(self.model) if isinstance(op, Linear | Embedding)]
         turned = any(op.transposed for n, op in ops(self.model) if n in found)
         states = {n: a.state() for n, a in found.items()}
         base = self.loaded.source
         if Path(base).exists():
             base = os.path.abspath(base)
-        peft.write(folder, states, settings, base, linear, fan_in_fan_out=turned)
+        saved = adapters.whole.state(self.model)
+        settings |= {"modules_to_save": list(adapters.whole.kept(self.model)) or None}
+        peft.write(folder, states, settings, base, linear, fan_in_fan_out=turned, saved=saved)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
         if getattr(self.model, "generation_config", None) is not None:
@@ -270,11 +272,33 @@ def check_base(run: Run, path: Path) -> None:
 def attach_from(run: Run, path: Path, called: str = adapters.NAME) -> None:
     """Attaches the LoRA of a PEFT folder. Raises InputError if it was trained on other weights (by the hash that
     halfbyte recorded), or the model lacks one of its layers, or a shape differs."""
-    _, settings, states = peft.read(path)
+    _, settings, states, saved = peft.read(path)
     check_base(run, path)
-    names = [n for n, op in ops(run.model) if isinstance(op, Linear)]
-    if missing := [n for n in states if n not in names]:
+    by_name = dict(ops(run.model))
+    if missing := [n for n in states if not isinstance(by_name.get(n), Linear | Embedding)]:
         raise InputError(f"{path}: the model {run.loaded.source} has no linear layer {missing[0]!r}.")
+    for name, given in {n: saved.pop(n) for n in list(saved) if n.endswith(peft.BASE)}.items():
+        op = by_name.get(name.removesuffix(peft.BASE))  # PEFT saves an adapted embedding's own weight too
+        if op is None or op.weight.shape != given.shape or not torch.equal(given.to(op.weight.dtype), op.weight.base()):
+            raise InputError(f"{path}: {name} is another than the base's own: merge the adapter by PEFT.")
+    for name, state in states.items():  # before memory is taken for a rank that a config names
+        a = state["lora_A.weight"]
+        if a.ndim != 2 or len(a) < (r := adapters.own(settings, name)["r"]):
+            raise InputError(f"{path}: {name}.lora_A has the shape {tuple(a.shape)}, and not the rank {r}.")
+    moves = settings.get("init_lora_weights", True) is not True
+    if moves and any(isinstance(w.stored, Codes) for w in weights(run.model).values()):
+        raise InputError(
+            f"{path}: its init_lora_weights, {settings['init_lora_weights']}, takes a part out of the base, which this "
+            "one, of codes, is not beside it: have PEFT save it converted (path_initial_model_for_weight_conversion)."
+        )
+    whole = settings.pop("modules_to_save", None)
+    if adapters.loaded(run.model) and (whole or adapters.whole.kept(run.model)):
+        raise InputError(
+            f"{path}: modules_to_save change the base that other adapters stand beside: load it by itself."
+        )
+    if whole:
+        adapters.whole.keep(run.model, whole)
+        adapters.whole.load(run.model, saved, str(path))
     for name, weight in adapters.attach(run.model, list(states), "lora", called, **settings).items():
         adapter: Any = weight.adapters[called]
         for key, value in states[name].items():
@@ -284,7 +308,8 @@ def attach_from(run: Run, path: Path, called: str = adapters.NAME) -> None:
             p.data.copy_(value)
     run.model.eval()
     run.files = [run.loaded.path, path]
-    run.notes = {**run.notes, "adapter": {"adapter": "lora", **settings}}
+    saved_whole = {"modules_to_save": whole} if whole else {}
+    run.notes = {**run.notes, "adapter": {"adapter": "lora", **settings, **saved_whole}}
 
 
 def see_through(run: Run, chosen: Scheme | Mix, how: str = "minmax") -> None:

@@ -150,6 +150,7 @@ def test_a_regular_expression_meets_whole_names():
             names(model, pattern)
 
 
-def test_embeddings_get_no_adapter():
-    with pytest.raises(InputError, match="embed_tokens"):
-        names(swap(make("llama-untied")), ["embed_tokens"])
+def test_an_embedding_gets_one_where_it_is_named():
+    model = swap(make("llama-untied"))
+    assert names(model, ["embed_tokens"]) == ["model.embed_tokens"]
+    assert not [n for n in names(model, "all-linear") if "embed" in n]

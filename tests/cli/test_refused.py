@@ -215,6 +215,7 @@ def test_unknown_names(refused, training, tiny_llama, out):
     [("--r", 0), ("--lr", -1), ("--lr", 0), ("--steps", 0), ("--steps", -1), ("--epochs", 0), ("--batch-size", 0),
      ("--max-length", 1), ("--lora-dropout", 1), ("--eval-split", 1), ("--eval-split", -0.1), ("--warmup-ratio", -1),
      ("--gradient-accumulation-steps", 0), ("--max-grad-norm", 0), ("--save-steps", -1), ("--eval-steps", -1),
+     ("--init-lora-weights", "pisa"), ("--init-lora-weights", "loftq"),
      ("--lr", "nan"), ("--target-modules", "no_such_layer"), ("--target-modules", "(")],
 )  # fmt: skip
 def test_impossible_settings(training, option, value):

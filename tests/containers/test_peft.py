@@ -125,9 +125,6 @@ def test_target_modules_are_endings_where_these_meet_just_the_adapted_layers(tmp
 @pytest.mark.parametrize(
     ("key", "settings"),
     [
-        ("modules_to_save", {"modules_to_save": ["lm_head"]}),
-        ("rank_pattern", {"rank_pattern": {"q_proj": 2}}),
-        ("alpha_pattern", {"alpha_pattern": {"q_proj": 2}}),
         ("bias", {"bias": "lora_only"}),
         ("layers_to_transform", {"layers_to_transform": [0]}),
         ("trainable_token_indices", {"trainable_token_indices": [3]}),
@@ -156,8 +153,8 @@ def test_a_switch_that_nobody_knows_yet_is_refused_where_it_is_on(tmp_path, valu
     run.load(out)
 
 
-@pytest.mark.parametrize("start", ["pissa", "olora", "loftq"])
-def test_starts_that_change_the_base_are_refused(tmp_path, start):
+@pytest.mark.parametrize("start", ["pissa_niter_4", "loftq", "corda", "lora_ga", "something-new"])
+def test_starts_that_change_the_base_as_only_chance_or_other_files_know_are_refused(tmp_path, start):
     out = recipe.save(adapted(folder(tmp_path / "base"), r=4), tmp_path / "adapter")
     edit(out, init_lora_weights=start)
     with pytest.raises(InputError, match=start):
@@ -173,6 +170,13 @@ def test_starts_that_change_the_base_are_refused(tmp_path, start):
         ({"r": None}, "r should be a number"),
         ({"r": 0}, "at least 1"),
         ({"lora_alpha": [8]}, "lora_alpha"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern should give"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern should give"),
+        ({"rank_pattern": {"q_proj": 2.5}}, "rank_pattern should give whole"),
+        ({"rank_pattern": {"q_proj": 10**12}}, "not the rank 1000000000000"),
+        ({"alpha_pattern": {"q_proj": True}}, "alpha_pattern should give"),
+        ({"alpha_pattern": {"(q": 2}}, "no regular expression"),
+        ({"alpha_pattern": {"(a+)+$": 2}}, "repeats too much"),
         ({"lora_dropout": 7.0}, "dropout"),
         ({"base_model_name_or_path": None}, "base_model_name_or_path"),
         ({"base_model_name_or_path": "no/such/folder/here"}, "no such"),

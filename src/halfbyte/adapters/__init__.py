@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from halfbyte.adapters import starts, whole
 from halfbyte.adapters.dora import Dora
 from halfbyte.adapters.lora import Lora
 from halfbyte.adapters.qalora import QaLora, group_size
+from halfbyte.adapters.starts import start
 from halfbyte.errors import InputError
-from halfbyte.layers import Linear, Weight, ops, weights
+from halfbyte.layers import Embedding, Linear, Weight, ops, weights
 
 
 class Adapter(Protocol):
@@ -46,6 +49,11 @@ def check(settings: Mapping[str, Any]) -> None:
     """Raises InputError for settings that do not go together, before there is a weight to adapt."""
     if settings.get("use_dora") and settings.get("use_qalora"):
         raise InputError("use_dora with use_qalora: DoRA scales whole rows, which no zero point takes in; choose one.")
+    begins = settings.get("init_lora_weights", True)
+    if settings.get("use_qalora") and begins is not True:
+        raise InputError(f"--init-lora-weights {begins}: it is of a whole matrix, and QA-LoRA's inputs are pooled.")
+    for r in (settings.get("r", 2), *(settings.get("rank_pattern") or {}).values()):
+        starts.check(begins, r)
 
 
 def lora(weight: Weight, use_dora: bool = False, use_qalora: bool = False, **settings: Any) -> nn.Module:
@@ -54,14 +62,19 @@ def lora(weight: Weight, use_dora: bool = False, use_qalora: bool = False, **set
     return (QaLora if use_qalora else Dora if use_dora else Lora)(weight, **settings)
 
 
+__all__ = ["ADAPTERS", "NAME", "PATTERNS", "Adapter", "attach", "attached", "check", "lora", "own", "settings", "start",
+           "targets", "unmet", "whole"]  # fmt: skip
+
 ADAPTERS: dict[str, Callable[..., nn.Module]] = {"lora": lora}
 NAME = "default"  # PEFT's name for the only adapter
+PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}  # settings by layer, of what all others have one of
 
 
 def targets(model: nn.Module, roles: Mapping[str, str], target_modules: str | list[str] = "all-linear") -> list[str]:
     """Names of the ops that get an adapter, by PEFT's rules: "all-linear" (all but the head and routers), a
-    regular expression for the whole name, or a list of names or name endings. Raises InputError if none is met."""
-    names = [n for n, op in ops(model) if isinstance(op, Linear)]
+    regular expression for the whole name, or a list of names or name endings; of modules that are trained whole, none.
+    Raises InputError if none is met."""
+    names = [n for n, op in ops(model) if isinstance(op, Linear | Embedding)]
     if target_modules == "all-linear":
         found = [n for n in names if roles[n] in ("linear", "conv1d")]
     elif isinstance(target_modules, str):
@@ -72,7 +85,9 @@ def targets(model: nn.Module, roles: Mapping[str, str], target_modules: str | li
     else:
         found = [n for n in names if any(n == t or n.endswith(f".{t}") for t in target_modules)]
         if unmet := [t for t in target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]:
-            raise InputError(f"--target-modules: no linear layer is named {', '.join(unmet)}; {_endings(names)}.")
+            raise InputError(f"--target-modules: no layer is named {', '.join(unmet)}; {_endings(names)}.")
+    inside = tuple(f"{n}." for n in whole.kept(model))
+    found = [n for n in found if not f"{n}.".startswith(inside)]
     if not found:
         raise InputError(f"--target-modules {target_modules!r} meets no linear layer; {_endings(names)}.")
     return found
@@ -80,6 +95,26 @@ def targets(model: nn.Module, roles: Mapping[str, str], target_modules: str | li
 
 def _endings(names: list[str]) -> str:
     return f"this model has {', '.join(sorted({n.rpartition('.')[2] for n in names}))}"
+
+
+def own(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The settings of one layer: of PEFT's rank_pattern and alpha_pattern the first row whose key meets its name."""
+    out = {k: v for k, v in settings.items() if k not in PATTERNS}
+    for pattern, key in PATTERNS.items():
+        if found := [v for k, v in (settings.get(pattern) or {}).items() if _meets(k, name)]:
+            out[key] = found[0]
+    return out
+
+
+def unmet(settings: Mapping[str, Any], names: list[str]) -> str | None:
+    """A key of the patterns that meets no layer of these."""
+    keys = [k for pattern in PATTERNS for k in settings.get(pattern) or {}]
+    return next((k for k in keys if not any(_meets(k, n) for n in names)), None)
+
+
+def _meets(key: str, name: str) -> bool:
+    """PEFT's rule (get_pattern_key): the key, a regular expression, is the name, or its end from a dot on."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
 
 
 def attach(
@@ -95,14 +130,16 @@ def attach(
         raise InputError(f"there is no adapter {kind!r}; those are {', '.join(ADAPTERS)}.")
     by_name = dict(ops(model))
     met = {name: by_name[name].weight for name in names}
-    embeddings = {id(op.weight): n for n, op in ops(model) if not isinstance(op, Linear)}
-    if shared := [n for n, w in met.items() if id(w) in embeddings]:
-        other = embeddings[id(met[shared[0]])]
-        raise InputError(f"{shared[0]} shares its weight with {other}, so that it cannot have an adapter of its own.")
+    for name, weight in met.items():
+        if other := next((n for n, op in by_name.items() if op.weight is weight and n != name), None):
+            raise InputError(f"{name} shares its weight with {other}, so that it cannot have an adapter of its own.")
+        if isinstance(by_name[name], Embedding) and (settings.get("use_dora") or settings.get("use_qalora")):
+            raise InputError(f"{name} is looked up, and DoRA and QA-LoRA are for what is multiplied: leave it out.")
     if settings.get("use_qalora") and "qalora_group_size" not in settings:
         settings["qalora_group_size"] = group_size(met)
-    for weight in met.values():
-        weight.adapters[called] = ADAPTERS[kind](weight, **settings)
+    for name, weight in met.items():
+        looked_up = {"looked_up": True} if isinstance(by_name[name], Embedding) else {}
+        weight.adapters[called] = ADAPTERS[kind](weight, **own(settings, name), **looked_up)
     return met
 
 
@@ -140,3 +177,24 @@ def attached(model: nn.Module) -> dict[str, Any]:
             seen.add(id(op.weight))
             out[name] = next(iter(op.weight.adapters.values()))
     return out
+
+
+def settings(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of all adapters, by op's name, as one: r and lora_alpha of most layers, and of the others in patterns, by
+    the ending of a name where all that end so have the same."""
+    each = {name: a.settings() for name, a in found.items()}
+    out = dict(next(iter(each.values())))
+    for pattern, key in PATTERNS.items():
+        if key in out:
+            values = {name: s[key] for name, s in each.items()}
+            out[key] = Counter(values.values()).most_common(1)[0][0]
+            out[pattern] = _pattern(values, out[key])
+    return out
+
+
+def _pattern(values: Mapping[str, Any], common: Any) -> dict[str, Any]:
+    endings: dict[str, set[Any]] = {}
+    for name, value in values.items():
+        endings.setdefault(name.rpartition(".")[2], set()).add(value)
+    keys = {n: end if len(endings[end := n.rpartition(".")[2]]) == 1 else n for n in values}
+    return {keys[n]: v for n, v in values.items() if v != common}

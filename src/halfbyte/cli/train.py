@@ -65,6 +65,9 @@ def command(
     lora_dropout: float = 0.0,
     use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by alpha / sqrt(r).")] = False,
     use_dora: Annotated[bool, typer.Option("--use-dora", help="DoRA: train the norms of rows too.")] = False,
+    init_lora_weights: Annotated[
+        str | None, typer.Option(help="gaussian, orthogonal, pissa, pissa_niter_N, olora, loftq or eva.")
+    ] = None,
     target_modules: Annotated[str, typer.Option(help="all-linear, a comma-separated list, or a regex.")] = "all-linear",
     adapter: Annotated[str | None, typer.Option(help="Go on from this adapter folder.")] = None,
     dtype: Dtype = None,
@@ -95,6 +98,7 @@ def command(
         "use_dora": use_dora,
         "target_modules": target_modules.split(",") if "," in target_modules else _one(target_modules),
         "path": adapter,
+        **({} if init_lora_weights is None else {"init_lora_weights": init_lora_weights}),
     }  # fmt: skip
     plan = method_steps(
         method, scheme, settings, adapt if METHODS.get(method, METHODS["lora"]).adapts else None, init, teacher

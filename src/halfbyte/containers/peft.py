@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from halfbyte.containers.shards import Shards, read_json
 from halfbyte.errors import InputError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE = ".base_layer.weight"
 _PREFIX = "base_model.model."
 # What PEFT writes that changes what an adapter computes, and the value that means it does not.
 _NEUTRAL: dict[str, Any] = {
-    "bias": "none", "lora_bias": False, "megatron_config": None,
-    "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "layer_replication": None,
+    "bias": "none", "lora_bias": False, "megatron_config": None, "layer_replication": None,
     "trainable_token_indices": None, "target_parameters": None, "alora_invocation_tokens": None,
     "corda_config": None, "arrow_config": None, "exclude_modules": None, "layers_to_transform": None,
 }  # fmt: skip
@@ -29,19 +30,26 @@ _SILENT = {
     "lora_ga_config", "ensure_weight_tying",
 }  # fmt: skip
 _STARTS = (True, False, "gaussian", "orthogonal", "eva")  # init_lora_weights that leave the base as it is
+_RESIDUAL = ("pissa", "olora")  # that take a part out of it, found anew from the base; others draw it at random
 _SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "use_qalora", "qalora_group_size")
+_EMBEDDING = {"embedding_A": "lora_B.weight", "embedding_B": "lora_A.weight"}
+_QUANTIFIERS = 4  # of a regular expression that names layers
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 def write(
     folder: Path, adapters: Mapping[str, Mapping[str, Tensor]], settings: Mapping[str, Any], base: str,
     linear_names: list[str], task_type: str = "CAUSAL_LM", fan_in_fan_out: bool = False,
+    saved: Mapping[str, Tensor] = {},
 ) -> None:  # fmt: skip
     """adapters: op's name -> tensors by PEFT's names. linear_names: all linear layers of the model, to tell
-    whether the short endings that PEFT users expect in target_modules meet just these."""
+    whether the short endings that PEFT users expect in target_modules meet just these. saved: parameter's name ->
+    tensor of the modules that settings name as modules_to_save."""
     endings = sorted({n.rpartition(".")[2] for n in adapters})
     met = [n for n in linear_names if n.rpartition(".")[2] in endings]
     config = {
         **_NEUTRAL,
+        **{key: {} for key in _PATTERNS},
         **settings,
         "base_model_name_or_path": base,
         "target_modules": endings if sorted(met) == sorted(adapters) else sorted(adapters),
@@ -52,11 +60,13 @@ def write(
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     flat = {f"{_PREFIX}{n}.{key}": t.cpu().contiguous() for n, ts in adapters.items() for key, t in ts.items()}
+    flat |= {f"{_PREFIX}{n}": t.cpu() for n, t in saved.items()}
     save_file(flat, str(folder / WEIGHTS), metadata={"format": "pt"})
 
 
-def read(folder: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """The base's name, the settings, and op's name -> tensors by PEFT's names.
+def read(folder: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The base's name, the settings, op's name -> tensors by PEFT's names, and parameter's name -> tensor of the
+    modules that the settings name as modules_to_save.
 
     Raises InputError for an adapter that is no LoRA, or that needs something of PEFT's which is not known here.
     """
@@ -64,7 +74,9 @@ def read(folder: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, Tensor]
     if config.get("peft_type") != "LORA":
         raise InputError(f"{folder / CONFIG}: peft_type {config.get('peft_type')!r} is not known; LORA is.")
     for key, value in config.items():
-        if key in _SILENT or key in _SETTINGS or (key == "init_lora_weights" and value in _STARTS):
+        if key in _SILENT or key in _SETTINGS or key in _PATTERNS or key == "modules_to_save":
+            continue
+        if key == "init_lora_weights" and value in (*_STARTS, *_RESIDUAL):
             continue
         if value not in (_NEUTRAL.get(key), None, False, {}, []):  # a switch that is on, also one newer than this
             raise InputError(f"{folder / CONFIG}: {key}={value!r} is not known to halfbyte.")
@@ -77,16 +89,50 @@ def read(folder: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, Tensor]
     wrong = [k for k, v in settings.items() if not isinstance(v, int | float)]
     if wrong or not isinstance(settings.get("r"), int):
         raise InputError(f"{folder / CONFIG}: {(wrong or ['r'])[0]} should be a number.")
+    settings |= {k: check_pattern(config[k], k, f"{folder / CONFIG}: ") for k in _PATTERNS if config.get(k)}
+    if (begin := config.get("init_lora_weights")) in _RESIDUAL:
+        settings["init_lora_weights"] = begin
+    whole = config.get("modules_to_save") or []
+    if not isinstance(whole, list) or not all(isinstance(n, str) and n for n in whole):
+        raise InputError(f"{folder / CONFIG}: modules_to_save should be a list of names.")
+    if whole:
+        settings["modules_to_save"] = whole
     if not (folder / WEIGHTS).exists():
         raise InputError(f"{folder / WEIGHTS} is missing; adapters in pickle files are not read.")
     keys = ["lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector"] if settings.get("use_dora") else [])]
     shards = Shards([folder / WEIGHTS])
     out: dict[str, dict[str, Tensor]] = {}
+    saved: dict[str, Tensor] = {}
     for name in shards:
         stem, _, key = name.removeprefix(_PREFIX).rpartition(".lora_")
+        if name.startswith(_PREFIX) and not stem and (whole or name.endswith(BASE)):
+            saved[key] = shards.get(name)
+            continue
+        if name.startswith(_PREFIX) and key in _EMBEDDING:  # as that of a linear layer whose inputs are tokens, one-hot
+            if len(shape := shards.shape(name)) != 2:
+                raise InputError(f"{folder / WEIGHTS}: {name} has the shape {shape}, and should be a matrix.")
+            out.setdefault(stem, {})[_EMBEDDING[key]] = shards.get(name).T.contiguous()
+            continue
         if not name.startswith(_PREFIX) or f"lora_{key}" not in keys:
             raise InputError(f"{folder / WEIGHTS}: the tensor {name!r} is not known to halfbyte.")
         out.setdefault(stem, {})[f"lora_{key}"] = shards.get(name)
     if bad := [n for n, t in out.items() if len(t) != len(keys)]:
         raise InputError(f"{folder / WEIGHTS}: {bad[0]} lacks {' or '.join(k.removesuffix('.weight') for k in keys)}.")
-    return base, settings, out
+    return base, settings, out, saved
+
+
+def check_pattern(pattern: Any, key: str, where: str = "") -> dict[str, float]:
+    """A rank_pattern or alpha_pattern, as `key` says. Raises InputError where it is none, or one whose regular
+    expressions could take forever."""
+    if not isinstance(pattern, dict) or not all(type(v) in (int, float) and v > 0 for v in pattern.values()):
+        raise InputError(f"{where}{key} should give numbers above 0 by layers' names.")
+    if key == "rank_pattern" and not all(isinstance(v, int) for v in pattern.values()):
+        raise InputError(f"{where}{key} should give whole numbers.")
+    for name in pattern:
+        try:
+            re.compile(name)
+        except re.error as e:
+            raise InputError(f"{where}{key}: {name!r} is no regular expression: {e}.") from None
+        if re.search(r"\)[*+?{]", name) or len(re.findall(r"[*+{]", name)) > _QUANTIFIERS:
+            raise InputError(f"{where}{key}: {name[:80]!r} repeats too much to be a layer's name.")
+    return pattern

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,14 +37,18 @@ def refuses(job: Job) -> str | None:
         return "it is no adapter folder"
     if any(a.settings().get("use_dora") for a in found.values()):
         return "it is DoRA, of which llama.cpp's file of an adapter holds no norms: `halfbyte merge` it instead"
+    if whole := list(adapters.whole.kept(job.loaded.model)):
+        return (
+            f"{whole[0]} was trained whole, which llama.cpp's file of an adapter has no place for: `halfbyte merge` it"
+        )
+    if looked_up := [n for n, a in found.items() if getattr(a, "looked_up", False)]:
+        return f"{looked_up[0]} is looked up, and llama.cpp adds to products alone: `halfbyte merge` it instead"
     try:
         list(_tensors(job))
     except InputError as e:
         return str(e).rstrip(".")
     if any(w.grid is not None for w in weights(job.loaded.model).values()):
         return "it was trained through a grid, which no base beside it is seen through: `halfbyte merge` it instead"
-    if len({(a.r, a.lora_alpha, a.use_rslora) for a in found.values()}) > 1:
-        return "its layers differ in rank or alpha, of which the file has one"
     return None
 
 
@@ -62,26 +66,33 @@ def fitting(q: QTensor) -> QTensor | None:
     return None
 
 
+def _alpha(settings: Mapping[str, Any]) -> float:
+    """What readers divide by a layer's rank, and multiply B A with."""
+    return settings["lora_alpha"] * (math.sqrt(settings["r"]) if settings["use_rslora"] else 1.0)
+
+
 def _tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
-    """A (r, in) and B (out, r) of every layer, by GGUF's names; B's rows in the file's order."""
-    config = job.loaded.config
+    """A (r, in) and B (out, r) of every layer, by GGUF's names; B's rows in the file's order. The file has one
+    alpha, the first layer's: where a layer has another, B makes up for it."""
+    config, file = job.loaded.config, None
     for name, adapter in adapters.attached(job.loaded.model).items():
         tensor = gguf.architecture_of(config).tensor(f"{name}.weight", config)
         order, (a, b) = gguf.architecture_of(config).rows(tensor, config), adapter.factors()
+        alpha = _alpha(adapter.settings())
+        file = file or alpha
+        b = b if alpha == file else b * (alpha / file)
         yield f"{tensor}.lora_a", a
         yield f"{tensor}.lora_b", b if order is None else b[order]
 
 
 def write(job: Job, path: Path) -> None:
     """See Kind."""
-    one = next(iter(adapters.attached(job.loaded.model).values()))
-    alpha = one.lora_alpha * (math.sqrt(one.r) if one.use_rslora else 1.0)  # readers divide by r
     said: dict[str, container.Value] = {
         "general.architecture": gguf.architecture_of(job.loaded.config).name,
         "general.type": "adapter",
         "general.name": Path(job.loaded.source).name,
         "adapter.type": "lora",
-        "adapter.lora.alpha": float(alpha),
+        "adapter.lora.alpha": float(_alpha(next(iter(adapters.attached(job.loaded.model).values())).settings())),
     }
     tensors = list(_tensors(job))
     container.write(path, said, {n: ("f32", tuple(t.shape)) for n, t in tensors}, tensors)

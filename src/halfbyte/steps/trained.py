@@ -26,6 +26,7 @@ def trainable(model: nn.Module, norms: bool = False) -> str:
             w.adapters.requires_grad_(True)
             if w.grid is not None:
                 w.grid.requires_grad_(True)
+        adapters.whole.requires_grad(model)
         return "adapters"
     if not coded:
         model.requires_grad_(True)

@@ -85,6 +85,7 @@ class Train(Step):
         notes = {
             "base_sha256": run.loaded.sha256, "dtype": str(run.loaded.config.dtype).removeprefix("torch."),
             "data_sha256": rows.sha256, "data_kind": rows.kind, "data_tokens": rows.tokens, "trained": what,
+            "adapter": run.notes.get("adapter"),
             "training": {**vars(args), **{k: getattr(self, k) for k in _OWN}, "seed": run.seed},
             **({} if held is None else {"eval_data_sha256": held.sha256}),
         }  # fmt: skip

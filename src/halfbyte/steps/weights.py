@@ -3,32 +3,63 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from pydantic import ConfigDict, model_validator
+from torch import Tensor
 
-from halfbyte import adapters, bases, layers, models
+from halfbyte import adapters, bases, calibrate, layers, models
+from halfbyte.containers.peft import check_pattern
 from halfbyte.errors import InputError
 from halfbyte.run import Run, attach_from, dequantize, load, see_through, sharing, to_scheme
-from halfbyte.steps.step import Step
+from halfbyte.steps.codes import Calibrated
+from halfbyte.steps.step import Step, is_word
 
 
-class Adapt(Step):
-    """Adds an adapter to every weight that target_modules meets. Further keys are the adapter's settings.
+class Adapt(Calibrated):
+    """Adds an adapter to every weight that target_modules meets. Further keys are the adapter's settings, among them
+    PEFT's init_lora_weights, and r and lora_alpha of single layers (rank_pattern, alpha_pattern).
 
-    path: go on from a PEFT adapter folder instead; its settings and targets then hold.
+    modules_to_save: names, or their endings, of modules that are trained whole beside the adapters. path: go on from a
+    PEFT adapter folder instead; its settings and targets then hold. calibration: the text that a start is found on
+    which needs some (eva).
     """
 
     model_config = ConfigDict(extra="allow")
     adapter: str = "lora"
     target_modules: str | list[str] = "all-linear"
+    modules_to_save: list[str] | None = None
     path: str | None = None
+
+    @property
+    def _own(self) -> dict[str, Any]:
+        """The adapter's settings."""
+        return self.model_extra or {}
+
+    @property
+    def _told(self) -> str:
+        """What has to be found for the adapter's start."""
+        return adapters.start(self._own.get("init_lora_weights", True)).told if self.adapter == "lora" else ""
+
+    @property
+    def _text(self) -> Any:
+        return None if is_word(self.calibration, "none") else self.calibration
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        adapters.check(self.model_extra or {})
+        if self.adapter != "lora":
+            return self
+        named = self._own.get("init_lora_weights", True)
+        for key in adapters.PATTERNS:
+            check_pattern(self._own.get(key) or {}, key)
+        adapters.check(self._own)
+        if self.path is not None and named is not True:
+            raise InputError(f"--init-lora-weights {named}: the adapter {self.path} has begun already.")
+        if self._told == "moments" and self._text is None:
+            raise InputError(f"--init-lora-weights {named} is found on text: give it some (calibration).")
         return self
 
     def __call__(self, run: Run) -> None:
@@ -43,12 +74,49 @@ class Adapt(Step):
             attach_from(run, Path(self.path))
             return
         torch.manual_seed(run.seed)  # so that A does not depend on what ran before
+        if self.modules_to_save:
+            adapters.whole.keep(run.model, self.modules_to_save)
         names = adapters.targets(run.model, models.roles(run.model), self.target_modules)
+        if (key := adapters.unmet(self._own, names)) is not None:
+            raise InputError(f"rank_pattern, alpha_pattern: {key!r} meets no layer that gets an adapter.")
         try:
-            adapters.attach(run.model, names, self.adapter, **(self.model_extra or {}))
+            by_name = dict(layers.ops(run.model))
+            begins = [n for n in names if self._told and isinstance(by_name[n], layers.Linear)]
+            adapters.attach(run.model, [n for n in names if n not in begins], self.adapter, **self._own)
+            for name, told in self._found(run, begins):
+                adapters.attach(run.model, [name], self.adapter, told=told, **self._own)
         except TypeError as e:
             raise InputError(f"adapter {self.adapter}: {e}.") from None
-        run.notes["adapter"] = {"adapter": self.adapter, **(self.model_extra or {})}
+        saved = {"modules_to_save": self.modules_to_save} if self.modules_to_save else {}
+        run.notes["adapter"] = {"adapter": self.adapter, **self._own, **saved}
+
+    def _found(self, run: Run, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """What the adapters' start has to be told, one op after the other."""
+        if self._told == "original":
+            yield from _original(run, names)
+        if self._told == "moments":
+            rows = self._rows(run)
+            assert rows is not None
+            yield from calibrate.inputs(run.model, names, self._batches(run, rows))
+
+
+def _original(run: Run, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's own floats of ops whose weights are codes. Raises InputError where there are none."""
+    by_name, checkpoint = dict(layers.ops(run.model)), run.loaded.checkpoint
+    fresh = {} if checkpoint else dict(layers.ops(models.load(run.loaded.source, run.loaded.config.dtype).model))
+    for name in names:
+        op = by_name[name]
+        if not isinstance(op.weight.stored, layers.Codes):
+            raise InputError(
+                f"--init-lora-weights loftq makes good what quantizing lost, and {name} is a float: use --method qlora."
+            )
+        w = checkpoint.weight(name, op) if checkpoint else fresh[name].weight.base().detach()
+        if not isinstance(w, Tensor):
+            raise InputError(
+                f"--init-lora-weights loftq: {run.loaded.source} is codes already, and what these lost is not there; "
+                "name the model that they were made from."
+            )
+        yield name, w
 
 
 class Grid(Step):
@@ -134,6 +202,7 @@ class Merge(Step):
             bases.put(run, other)
         held = [w for w in layers.weights(run.model).values() if w.adapters]
         largest, total = zip(*(_folded(w) for w in held), strict=True)
+        adapters.whole.let_go(run.model)
         shifted = sum(isinstance(w.stored, layers.Codes) for w in held)
         if not shifted and not run.holds_as_it_is():  # a base from a file of another kind: the result is 16-bit
             dequantize(run)
