@@ -6,19 +6,20 @@ import pytest
 
 import halfbyte
 from halfbyte.recipe import METHODS, method_steps, parse_recipe, read_recipe
-from halfbyte.steps import Adapt, Dequantize, Freeze, Grid, Train
+from halfbyte.steps import Adapt, Dequantize, Freeze, Grid, Merge, Train
 
 
 def test_methods_are_lists_of_steps():
-    def names(method, to=None):
-        return [type(s) for s in method_steps(method, to, {"data": "x"})]
+    def names(method, to=None, init=None):
+        return [type(s) for s in method_steps(method, to, {"data": "x"}, init=init)]
 
     assert names("full") == [Dequantize, Train]
     assert names("lora") == [Adapt, Train]
     assert names("qlora") == [Freeze, Adapt, Train]
     assert names("qa-lora") == [Freeze, Adapt, Train]
     assert names("qat", "W4A16") == [Dequantize, Grid, Train, Freeze]
-    assert names("qat-lora", "W4A16") == [Dequantize, Grid, Adapt, Train]
+    assert names("qat-lora", "W4A16") == [Grid, Adapt, Train]
+    assert names("qat-lora", "W4A16", "rtn") == [Dequantize, Freeze, Adapt, Train, Merge, Freeze]
     assert names("scales", "W4A16") == [Freeze, Train]
     assert set(METHODS) == {"full", "lora", "qlora", "qa-lora", "qat", "qat-lora", "scales"}
 

@@ -312,7 +312,7 @@ def attach_from(run: Run, path: Path, called: str = adapters.NAME) -> None:
     run.notes = {**run.notes, "adapter": {"adapter": "lora", **settings, **saved_whole}}
 
 
-def see_through(run: Run, chosen: Scheme | Mix, how: str = "minmax") -> None:
+def see_through(run: Run, chosen: Scheme | Mix, how: str | None = None) -> None:
     """Gives every weight that the scheme quantizes a grid, and its op the input format."""
     by_name = dict(ops(run.model))
     for e in plan(run.model, chosen):

@@ -92,25 +92,33 @@ class Codes(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
+_RANGES = ("minmax", "absmax", "restricted")  # searches that find scales in which nothing is clipped on purpose
+
+
+def _range(f: Format) -> str:
+    """A format's own search where it is a range, else min/max."""
+    return f.search if f.search in _RANGES else "minmax"
+
+
 class Grid(nn.Module):
     """The format that a weight is seen through, with its scales: found anew from the weight, or learned.
 
-    how: a search of halfbyte.kernels (min/max by default: cheap enough for every step). learned: a QParams to
+    how: a search of halfbyte.kernels (the range by default: cheap enough for every step). learned: a QParams to
     start from; scale (and a zero point, where the format has one) are then float32 Parameters, and their
     gradient is LSQ's, times 1/sqrt(n * 2^(b-1)) with n weights a scale (arXiv:1902.08153, section 2.2). asleep: whether
     training does not see through it yet.
     """
 
-    def __init__(self, format: Format, how: str = "minmax", learned: QParams | None = None) -> None:
+    def __init__(self, format: Format, how: str | None = None, learned: QParams | None = None) -> None:
         super().__init__()
-        self.format, self.how, self.asleep = format, how, False
+        self.format, self.how, self.asleep = format, how or _range(format), False
         self.scale = nn.Parameter(learned.scale.float()) if learned else None
         self.zero = nn.Parameter(learned.zero.float()) if learned and learned.zero is not None else None
 
     @property
     def spans(self) -> bool:
         """Whether its scales are found from the range of the weight, of which nothing is then clipped on purpose."""
-        return self.scale is None and self.how in ("minmax", "absmax")
+        return self.scale is None and self.how in _RANGES
 
     def qparams(self, w: Tensor) -> QParams:
         """The QParams for w: the one place that training, freezing and export ask."""

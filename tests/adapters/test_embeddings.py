@@ -90,7 +90,7 @@ def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(InputError, match="embed_tokens shares its weight with lm_head"):
         Adapt(target_modules=["embed_tokens"])(run.load(tied))
     made = run.load(folder(tmp_path / "base", "llama-untied"))
-    with pytest.raises(InputError, match="DoRA is for what is multiplied"):
+    with pytest.raises(InputError, match="DoRA and QA-LoRA are for what is multiplied"):
         Adapt(target_modules=["embed_tokens"], use_dora=True)(made)
     Adapt(target_modules=["embed_tokens"])(made)
     assert "is looked up" in str(gguf_lora.refuses(kinds.Job(made.loaded)))

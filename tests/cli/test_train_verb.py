@@ -34,7 +34,7 @@ def test_every_flag_is_read():
         "context", "model", "output", "method", "to", "group_size", "lr", "teacher", "init", "seed", "adapter", "dtype",
         "revision", "resume", "overwrite", "json", "target_modules",
     }  # fmt: skip
-    adapters = {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"}
+    adapters = {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights"}
     assert set(inspect.signature(command).parameters) - own - adapters == set(Train.model_fields) - {
         "learning_rate", "on_step", "on_start",
     }  # fmt: skip

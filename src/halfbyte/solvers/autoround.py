@@ -49,6 +49,8 @@ def solve(
 class Rounding(nn.Module):
     """A weight as it is learned: numbers x that are rounded to the grid, times scales. It stands where a grid does."""
 
+    spans = asleep = False  # see Grid
+
     def __init__(self, w: Tensor, q: QTensor) -> None:
         super().__init__()
         self.format, p = q.format, q.qparams

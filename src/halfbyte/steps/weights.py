@@ -124,7 +124,7 @@ class Grid(Step):
 
     scheme: Any
     group_size: int | None = None
-    how: str = "minmax"
+    how: str | None = None  # by the range, as each format has it
 
     @model_validator(mode="after")
     def _known(self) -> Self:
