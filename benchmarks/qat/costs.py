@@ -16,7 +16,7 @@ from halfbyte import data, recipe
 from halfbyte.distill import targets
 from halfbyte.steps import Train, trainable
 
-ROUNDS = 5
+ROUNDS = 3
 
 
 def ranks(setting: Setting, asked: Asked) -> Iterator[dict]:
