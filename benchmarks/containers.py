@@ -22,7 +22,8 @@ from mixes import llama_cpp
 from halfbyte import data, evaluate, export, kinds, run, sample_data
 from halfbyte.cli.demo import packaged
 from halfbyte.errors import BudgetExceeded, InputError
-from halfbyte.recipe import merge_steps, method_steps, save
+from halfbyte.methods import merge_steps, method_steps
+from halfbyte.recipe import save
 
 EXPORTS = "gguf:BF16,gguf:Q8_0,gguf:Q4_K_M,gguf:Q4_0,compressed-tensors:W4A16,onnx:W4A16,bitsandbytes:NF4"
 PEERS = ("Q8_0", "Q4_K_M", "Q4_0")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 import halfbyte
-from halfbyte.recipe import METHODS, method_steps, parse_recipe, read_recipe
+from halfbyte.methods import METHODS, method_steps
+from halfbyte.recipe import parse_recipe, read_recipe
 from halfbyte.steps import Adapt, Dequantize, Freeze, Grid, Merge, Train
 
 

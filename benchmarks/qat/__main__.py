@@ -19,12 +19,12 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1] / "accuracy"))
 
 import costs
-import methods
 import tables
+import trials
 from setting import Setting
 
 SECTIONS = {
-    "kl": methods.held_to_the_teacher, "int8": methods.eight_bits, "w4": methods.four_bits, "roads": methods.roads,
+    "kl": trials.held_to_the_teacher, "int8": trials.eight_bits, "w4": trials.four_bits, "roads": trials.roads,
     "ranks": costs.ranks, "steps": costs.steps,
 }  # fmt: skip
 
@@ -46,7 +46,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict]:
     setting = Setting(args.windows, not args.train, 16)
     rates = [float(r) for r in args.rates.split(",")] if args.rates else []
     for name in args.only.split(","):
-        for row in SECTIONS[name](setting, methods.Asked(args.steps, args.rows or "", rates)):
+        for row in SECTIONS[name](setting, trials.Asked(args.steps, args.rows or "", rates)):
             yield {"section": name, **row}
 
 

@@ -8,12 +8,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from methods import BATCH, W4, Asked, Trial, chosen, measured, trained
 from setting import LENGTH, Setting
 from torch import nn
+from trials import BATCH, W4, Asked, Trial, chosen, measured, trained
 
-from halfbyte import data, recipe
+from halfbyte import data
 from halfbyte.distill import targets
+from halfbyte.methods import method_steps
 from halfbyte.steps import Train, trainable
 
 ROUNDS = 3
@@ -42,7 +43,7 @@ def steps(setting: Setting, asked: Asked) -> Iterator[dict]:
     ready: dict[str, tuple[nn.Module, Any]] = {}
     for name, (method, to, init) in kinds.items():
         there = setting.copy()
-        for step in recipe.method_steps(method, to, {"data": rows}, init=init):
+        for step in method_steps(method, to, {"data": rows}, init=init):
             if isinstance(step, Train):
                 break
             with torch.no_grad():

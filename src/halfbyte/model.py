@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from halfbyte import adapters, named_adapters, recipe, run
+from halfbyte import adapters, methods, named_adapters, recipe, run
 from halfbyte.evaluate import Row
 from halfbyte.generate import generate
 from halfbyte.run import Run
@@ -29,9 +29,9 @@ class Model(Run):
         self, data: Any, method: str = "lora", to: str | None = None, init: str | None = None,
         teacher: str | None = None, **options: Any
     ) -> Model:  # fmt: skip
-        """Fine-tunes on a file or records by a method of recipe.METHODS; options: those of Train and Adapt.
+        """Fine-tunes on a file or records by a method of methods.METHODS; options: those of Train and Adapt.
         init: the solver that codes begin from; teacher: a MODEL that loss="kl" holds it to."""
-        return self.apply(*recipe.method_steps(method, to, {"data": data, **options}, None, init, teacher))
+        return self.apply(*methods.method_steps(method, to, {"data": data, **options}, None, init, teacher))
 
     def load_adapter(self, path: str | Path, name: str = adapters.NAME) -> Model:
         """Reads an adapter folder under a name, beside others. The first is in use at once."""
@@ -50,7 +50,7 @@ class Model(Run):
 
     def merge(self, to: str | None = None) -> Model:
         """Folds adapters in; `to` quantizes the result (a run trained through a grid takes its own)."""
-        return self.apply(*recipe.merge_steps(self, to))
+        return self.apply(*methods.merge_steps(self, to))
 
     def evaluate(self, data: Any, against: Run | str | None = None, stage: str = "evaluate") -> Row:
         """A row of the ledger; `against`: the reference, a MODEL (read in float32) or a loaded one."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors.torch import save_file
@@ -13,7 +16,7 @@ from halfbyte.containers.shards import Shards, read_json
 from halfbyte.errors import InputError
 from halfbyte.train import State
 
-STATE, WHERE = "state.safetensors", "where.json"
+STATE, WHERE, SCRATCH = "state.safetensors", "where.json", "scratch"
 
 
 def save(folder: Path, state: State, settings: dict[str, Any]) -> None:
@@ -26,6 +29,23 @@ def save(folder: Path, state: State, settings: dict[str, Any]) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     new.rename(folder)
+
+
+@contextmanager
+def scratch(checkpoint: Path | None) -> Iterator[Path]:
+    """A folder for what a training needs on disk meanwhile: beside its checkpoint, where the next run removes what a
+    killed one left; without a checkpoint, the system's."""
+    if checkpoint is None:
+        with TemporaryDirectory() as name:
+            yield Path(name)
+        return
+    folder = checkpoint.with_name(SCRATCH)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 def load(folder: Path, settings: dict[str, Any]) -> State | None:

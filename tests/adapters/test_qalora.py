@@ -12,9 +12,9 @@ from halfbyte import FORMATS, InputError, kernels, run
 from halfbyte.adapters import attach, attached, lora
 from halfbyte.adapters.qalora import QaLora, group_size
 from halfbyte.layers import Codes, Linear, Weight, ops, weights
+from halfbyte.methods import method_steps
 from halfbyte.model import load
 from halfbyte.qtensor import QTensor, added, shifted
-from halfbyte.recipe import method_steps
 from halfbyte.steps import Adapt, Merge
 from miniatures import folder, logits, quantized
 

@@ -305,7 +305,7 @@ def test_every_command_says_one_line_of_json_with_real_numbers(halfbyte, tiny_ll
 
 @pytest.mark.parametrize(
     ("method", "start"),
-    [("lora", None), ("full", None), ("lora", "pissa_niter_2"), ("qlora", "loftq"), ("lora", "eva")],
+    [("lora", None), ("full", None), ("qat", None), ("lora", "pissa_niter_2"), ("qlora", "loftq"), ("lora", "eva")],
 )
 def test_an_interrupted_run_resumes_to_the_same_bytes(
     halfbyte, tiny_llama, tiny_data, tmp_path, monkeypatch, method, start
@@ -314,6 +314,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 
     def argv(out):
         dropout = ["--lora-dropout", "0.2"] if method == "lora" else []
+        dropout += ["--to", "int4-g32"] if method == "qat" else []
         dropout += [] if start is None else ["--init-lora-weights", start, "--r", "4"]
         return ["train", tiny_llama, "--data", tiny_data["text"], "--method", method, "--steps", "6", "--save-steps",
                 "2", "--batch-size", "2", "--max-length", "32", "-o", tmp_path / out, *dropout]  # fmt: skip
@@ -334,10 +335,12 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     assert halfbyte(*argv("cut")).status == 2  # not thrown away unasked
     if start == "pissa_niter_2":  # what A and B moved from would be another
         assert halfbyte(*argv("cut"), "--resume", "--init-lora-weights", "pissa").status == 2
+    if method == "qat":  # the same floats, seen through another grid
+        assert halfbyte(*argv("cut"), "--resume", "--to", "int8-channel").status == 2
     resumed = halfbyte(*argv("cut"), "--resume")
     assert resumed.status == 0
     assert "step 6/6" in resumed.err
-    weights = "model.safetensors" if method == "full" else "adapter_model.safetensors"
+    weights = "model.safetensors" if method in ("full", "qat") else "adapter_model.safetensors"
     assert (tmp_path / "cut" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
     assert not (tmp_path / "cut" / "checkpoint").exists()
     assert len((tmp_path / "cut" / "curve.jsonl").read_text().splitlines()) == 6

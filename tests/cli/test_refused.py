@@ -204,6 +204,9 @@ def test_unknown_names(refused, training, tiny_llama, out):
     training("needs --to SCHEME", "--method", "qat")
     training("takes no --to", "--to", "W4A16")
     training("gptp", "--method", "scales", "--to", "W4A16", "--init", "gptp")
+    training(
+        "does not take r, use_dora, adapter", "--method", "full", "--r", "64", "--use-dora", "--adapter", "nowhere"
+    )
     training("--method qat, qat-lora, scales", "--method", "qlora", "--init", "gptq")
     training("--eval-data", "--method", "qat", "--to", "W4A16", "--init", "gptq", "--eval-split", "0.5")
     training("qat, qat-lora, scales", "--loss", "kl")

@@ -10,8 +10,8 @@ from halfbyte.adapters import attached
 from halfbyte.containers.shards import Shards
 from halfbyte.formats import FORMATS
 from halfbyte.layers import Codes, Linear, ops, weights
+from halfbyte.methods import method_steps
 from halfbyte.model import load
-from halfbyte.recipe import method_steps
 from halfbyte.steps import Adapt, Freeze, Grid, Merge, Train
 from miniatures import IDS, folder, logits
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from halfbyte import InputError
+from halfbyte import InputError, resume
 from halfbyte.layers import Codes, Weight, weights
+from halfbyte.methods import method_steps
 from halfbyte.model import load
-from halfbyte.recipe import method_steps
-from halfbyte.steps import Adapt, Grid
+from halfbyte.steps import Adapt, Grid, Teacher
 from miniatures import folder, logits
 
 TEXT = [{"text": "a small text that is learnt by heart, twice over and once again"}] * 4
@@ -189,3 +189,111 @@ def test_a_cached_teacher_teaches_the_same(llama, method):
 def test_a_cache_without_a_teacher_is_refused(llama):
     with pytest.raises(InputError, match="--loss kl"):
         train(llama, "qat", "int3-g32", cache_teacher=True)
+
+
+def test_rows_are_remembered_whatever_they_are_beside(llama):
+    """Packed and single rows in one batch, in another company in each pass."""
+    long = [{"prompt": f"{i} " + "a long one " * 6, "completion": "that fills its row"} for i in range(6)]
+    short = [{"prompt": f"{i} ", "completion": "short"} for i in range(5)]
+    losses = []
+    for cache in (False, True):
+        made = train(
+            llama, "qat", "int4-g32", data=long + short, max_length=96, steps=20, loss="kl", cache_teacher=cache
+        )
+        losses.append([row["loss"] for row in made.log.curve])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+# ---- a teacher stays what it was
+
+
+def taught(base, method, to, train_settings, adapt=None):
+    """What the teacher says before and after the training."""
+    steps = method_steps(method, to, {**SHORT, "loss": "kl", **train_settings}, adapt)
+    made = load(base)
+    at = next(i for i, s in enumerate(steps) if isinstance(s, Teacher))
+    made.apply(*steps[: at + 1])
+    before = logits(made.teacher)
+    made.apply(*steps[at + 1 :])
+    return before, logits(made.teacher), logits(load(base).model)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "adapt"),
+    [
+        ("scales", {"norms": True}, None),
+        ("scales", {}, None),
+        ("qat", {}, None),
+        ("qat-lora", {}, None),
+        ("qat-lora", {}, {"modules_to_save": ["norm", "lm_head"]}),
+    ],
+)
+def test_a_teacher_is_not_trained(tmp_path, method, settings, adapt):
+    base = folder(tmp_path / "base", "llama-untied", words=True)
+    before, after, floats = taught(base, method, "int4-g32", settings, adapt)
+    assert torch.equal(before, after)
+    assert torch.equal(before, floats)
+
+
+def test_an_adapter_that_is_trained_on_is_its_own_teachers(tmp_path, llama):
+    path = train(llama, "lora", None, r=4).save(tmp_path / "lora")
+    before, after, _ = taught(path, "qat-lora", "int4-g32", {})
+    assert torch.equal(before, after)
+    gridded = train(llama, "qat-lora", "int4-g32", r=4).save(tmp_path / "qat-lora")
+    with pytest.raises(InputError, match="seen through a grid already"):
+        taught(gridded, "qat-lora", "int4-g32", {})
+
+
+def test_a_grid_over_codes_is_merged_exactly_whatever_adapts_them(tmp_path, llama):
+    path = load(llama).quantize("uint4-g32-affine").save(tmp_path / "codes")
+    made = train(path, "qat-lora", "int4-g32", r=4, use_qalora=True)
+    trained = logits(made.model)
+    made.merge()
+    assert torch.equal(logits(made.model), trained)
+
+
+# ---- what does not go together is refused before a model is read
+
+
+@pytest.mark.parametrize(
+    ("method", "to", "settings", "init", "says"),
+    [
+        ("scales", "NF4_DQ", {}, "gptq", "quantized themselves"),
+        ("qat", "NVFP4A16", {}, "gptq", "quantized themselves"),
+        ("qat-lora", "W4A16", {"lora_dropout": 0.1}, "gptq", "lora-dropout"),
+        ("qat", "W4A16", {"norms": True}, None, "--method scales"),
+        ("qat", "W4A16", {"steps": 3, "fake_quant_after_n_steps": 3}, None, "none of 3 steps"),
+        ("full", None, {"fake_quant_after_n_steps": 1}, None, "nothing is seen through a grid"),
+        ("qat", "W4A16", {"cache_teacher": True}, None, "--loss kl"),
+        ("full", None, {"r": 8}, None, "does not take r"),
+        ("lora", None, {"init_lora_weights": "eva", "eval_split": 0.1}, None, "--eval-data FILE"),
+        ("qat", "W4A16", {"eval_split": 0.1}, "gptq", "--eval-data FILE"),
+        ("qa-lora", "Q4_K_M", {}, None, "--method qa-lora --to Q4_K_M"),
+    ],
+)
+def test_what_does_not_go_together(method, to, settings, init, says):
+    with pytest.raises(InputError, match=says):
+        method_steps(method, to, {"data": "nowhere.jsonl", **settings}, init=init)
+
+
+@pytest.mark.parametrize(
+    ("method", "to", "settings", "says"),
+    [
+        ("full", None, {"scale_lr_ratio": 4.0}, "no scale is learned"),
+        ("qat", "int4-g32", {"scale_lr_ratio": 4.0}, "no scale is learned"),
+        ("qat", "int4-g32", {"loraplus_lr_ratio": 4.0}, "no LoRA is trained"),
+    ],
+)
+def test_a_rate_of_what_is_not_trained_is_refused(llama, method, to, settings, says):
+    with pytest.raises(InputError, match=says):
+        train(llama, method, to, **settings)
+
+
+def test_what_a_killed_run_left_beside_its_checkpoint_is_removed(tmp_path):
+    left = tmp_path / resume.SCRATCH
+    left.mkdir()
+    (left / "states").write_bytes(b"old")
+    with resume.scratch(tmp_path / "checkpoint") as where:
+        assert list(where.iterdir()) == []
+        (where / "states").write_bytes(b"new")
+    assert list(tmp_path.iterdir()) == []

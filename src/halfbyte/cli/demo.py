@@ -118,7 +118,7 @@ class Demo:
     def _train(self, method: str, data: str, name: str, **settings: Any) -> Path:
         """Trains by a method, measures, saves. Returns the folder."""
         from halfbyte import run
-        from halfbyte.recipe import method_steps
+        from halfbyte.methods import method_steps
 
         made = run.load(self.base, seed=self.seed)
         to = settings.pop("to", None)
@@ -135,7 +135,7 @@ class Demo:
 
     def _merge(self, adapter: Path, name: str, stage: str, to: str | None = None, base: str = "trained") -> Path:
         from halfbyte import run
-        from halfbyte.recipe import merge_steps
+        from halfbyte.methods import merge_steps
 
         made = run.load(adapter)
         for step in merge_steps(made, to, base):

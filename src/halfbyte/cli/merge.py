@@ -114,7 +114,7 @@ _BASES = ("trained", "original", "both")
 
 
 def _fold(merged: Any, scheme: Any, base: str, other: str | None, settings: dict[str, Any]) -> None:
-    from halfbyte.recipe import merge_steps
+    from halfbyte.methods import merge_steps
 
     for step in merge_steps(merged, scheme, base, model=other, **settings):
         step(merged)

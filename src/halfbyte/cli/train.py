@@ -79,7 +79,7 @@ def command(
 ) -> None:
     """Fine-tune a model: all of it, LoRA, QLoRA, quantization-aware, or only its scales."""
     from halfbyte.folders import CHECKPOINT, check_free, finished, whole
-    from halfbyte.recipe import METHODS, method_steps
+    from halfbyte.methods import METHODS, method_steps
     from halfbyte.run import to_scheme
     from halfbyte.steps import Dequantize, Freeze, Train
 
@@ -100,9 +100,9 @@ def command(
         "path": adapter,
         **({} if init_lora_weights is None else {"init_lora_weights": init_lora_weights}),
     }  # fmt: skip
-    plan = method_steps(
-        method, scheme, settings, adapt if METHODS.get(method, METHODS["lora"]).adapts else None, init, teacher
-    )
+    if not METHODS.get(method, METHODS["lora"]).adapts:  # it takes none, but says so only of those that were given
+        adapt = {k: v for k, v in adapt.items() if _given(context, "adapter" if k == "path" else k)}
+    plan = method_steps(method, scheme, settings, adapt, init, teacher)
     run = _load(model, data, eval_data, dtype, revision, seed)
     if scheme is not None and METHODS[method].needs_scheme:
         run.holds(scheme)  # of qlora's base nothing is left in the result
@@ -124,6 +124,11 @@ def command(
     say(f"{output}: {summary['steps']} steps in {summary['seconds']:.0f} s, loss {summary['loss']:.4f}")
     if json:
         emit({"output": str(output), "method": method, **summary, **_held(run.log.curve)})
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _finished(output: Path) -> dict[str, Any]:

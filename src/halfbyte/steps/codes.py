@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from pydantic import model_validator
 
 from halfbyte import adapters, calibrate, data, evaluate, layers, models, observe, plan, self_samples
@@ -169,7 +168,7 @@ class Freeze(Calibrated):
         if self.scheme is None:
             for name, w in layers.weights(run.model).items():
                 if w.grid is not None:
-                    if run.log is not None and isinstance(w.stored, torch.nn.Parameter) and not w.adapters:
+                    if run.log is not None and run.notes.get("trained") == "stored":
                         run.masters[name] = w.base().detach().clone()
                     w.freeze()
             run.notes["stored"] = run.notes.pop("grid", None)

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from halfbyte import adapters, data, evaluate, layers, resume
@@ -26,6 +25,7 @@ SHARES = {"kl": 1.0, "both": 0.5}  # of the divergence in a loss
 ENCODING = ("max_length", "packing", "completion_only_loss", "assistant_only_loss")  # how records become rows
 _OWN = (*ENCODING, "eval_split", "batch_size", "loss", "scale_lr_ratio", "loraplus_lr_ratio", "norms",
         "fake_quant_after_n_steps")  # fmt: skip
+_BEGUN_FROM = ("grid", "grid_search", "stored", "solver", "teacher")  # notes of the steps before
 LEARNING_RATES = {"adapters": 2e-4, "stored": 2e-5, "qat": 1e-5, "scales": 1e-4}
 
 
@@ -77,6 +77,7 @@ class Train(Step):
         if not run.causal and adapters.attached(run.model):
             raise InputError("a classification head is trained with --method full: adapters would leave it random.")
         what = trainable(run.model, self.norms)
+        self._check_ratios(run.model)
         args = self._arguments(what, len(rows), run)
         if held is not None and not args.eval_steps:
             args = replace(args, eval_steps=max(1, args.steps // 10))
@@ -91,20 +92,21 @@ class Train(Step):
         }  # fmt: skip
         torch.manual_seed(run.seed)
         where = run.checkpoint
-        begun = None if where is None else resume.load(where, notes)
+        same = {**notes, **{k: run.notes.get(k) for k in _BEGUN_FROM}}
+        begun = None if where is None else resume.load(where, same)
         done = 0 if begun is None else len(begun.curve) * args.gradient_accumulation_steps
         sleep(run.model, self.fake_quant_after_n_steps > (0 if begun is None else len(begun.curve)))
-        with TemporaryDirectory(dir=None if where is None else where.parent) as states:
+        with resume.scratch(where) as states:
             run.log = train(
                 run.model,
                 self._stream(rows, run, done),
                 args,
-                loss_of=self._loss(run, rows, args, Path(states)),
+                loss_of=self._loss(run, rows, args, states),
                 pace=self._pace,
                 begun=begun,
                 on_step=lambda row: self._after(run.model, row),
                 evaluate=None if held is None else lambda: _held_out_loss(run.model, held),
-                save=None if where is None else lambda state: resume.save(where, state, notes),
+                save=None if where is None else lambda state: resume.save(where, state, same),
             )
         settle(run.model)
         run.notes |= notes
@@ -112,16 +114,36 @@ class Train(Step):
             if isinstance(source, str | Path):
                 run.notes[key] = str(Path(source).absolute())
 
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.cache_teacher and self.loss == "ce":
+            raise InputError("--cache-teacher: the loss asks no teacher; add --loss kl or --loss both.")
+        if self.steps is not None and self.fake_quant_after_n_steps >= self.steps:
+            raise InputError(
+                f"--fake-quant-after-n-steps {self.fake_quant_after_n_steps}: none of {self.steps} steps would see the "
+                "grid."
+            )
+        return self
+
+    def _check_ratios(self, model: nn.Module) -> None:
+        trained = [n.split(".") for n, p in model.named_parameters() if p.requires_grad]
+        if self.scale_lr_ratio != 1 and not any(_is_scale(parts) for parts in trained):
+            raise InputError(
+                "--scale-lr-ratio: no scale is learned here; --init SOLVER or --method scales learns them."
+            )
+        if self.loraplus_lr_ratio != 1 and not any(parts[-1] == "lora_B" for parts in trained):
+            raise InputError("--loraplus-lr-ratio: no LoRA is trained here; leave it out.")
+
     def _after(self, model: nn.Module, row: dict[str, float]) -> None:
         sleep(model, self.fake_quant_after_n_steps > row["step"])
         if self.on_step:
             self.on_step(row)
 
     def _pace(self, name: str, p: nn.Parameter) -> Pace:
-        *_, of, what = name.split(".")
-        if of in ("grid", "stored"):
+        parts = name.split(".")
+        if _is_scale(parts):
             return Pace(self.scale_lr_ratio, decays=False)
-        return Pace(self.loraplus_lr_ratio) if what == "lora_B" else matrices_decay(name, p)
+        return Pace(self.loraplus_lr_ratio) if parts[-1] == "lora_B" else matrices_decay(name, p)
 
     def _stream(self, rows: data.Dataset, run: Run, done: int = 0) -> Iterator[data.Batch]:
         return data.batches(rows, self.batch_size, seed=run.seed, pad_token_id=pad_id(run), start=done)
@@ -187,6 +209,11 @@ class Train(Step):
             learning_rate=rate if self.learning_rate is None else self.learning_rate,
             **{k: getattr(self, k) for k in keep},
         )
+
+
+def _is_scale(name: list[str]) -> bool:
+    """Whether the parts of a parameter's name are those of a scale or a zero: of a grid, or of codes."""
+    return len(name) > 1 and name[-2] in ("grid", "stored")
 
 
 def _given(source: Any) -> Any:

@@ -159,14 +159,22 @@ class Teacher(Step):
                 )
             run.notes["teacher"] = self.model
             run.teacher = other.model
-        elif not self.codes and any(isinstance(w.stored, layers.Codes) for w in layers.weights(run.model).values()):
+        elif why := self._itself(run):
             raise InputError(
-                f"{run.loaded.source} is codes already: the loss would hold it to itself. Name the model that "
-                "they were made from by --teacher MODEL."
+                f"{run.loaded.source} {why}: the loss would hold it to itself. Name the model that it was made from by "
+                "--teacher MODEL."
             )
         else:
-            run.teacher = copy.deepcopy(run.model) if self.keep else sharing(run).model
+            keep = self.keep or bool(adapters.loaded(run.model))  # which are trained on, if the model came with some
+            run.teacher = copy.deepcopy(run.model) if keep else sharing(run).model
         run.teacher.eval().requires_grad_(False)
+
+    def _itself(self, run: Run) -> str | None:
+        """What makes the model the very one that is trained, in words."""
+        held = layers.weights(run.model).values()
+        if any(w.grid is not None for w in held):
+            return "is seen through a grid already"
+        return "is codes already" if not self.codes and any(isinstance(w.stored, layers.Codes) for w in held) else None
 
 
 class Dequantize(Step):

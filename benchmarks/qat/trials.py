@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from setting import LENGTH, Setting
 
-from halfbyte import evaluate, recipe
+from halfbyte import evaluate
 from halfbyte.layers import Codes, weights
+from halfbyte.methods import merge_steps, method_steps
 from halfbyte.run import Run
 from halfbyte.steps import Freeze, Merge, Train
 
@@ -72,7 +73,7 @@ def trained(setting: Setting, t: Trial, asked: Asked) -> Result:
     settings = {"data": rows, "steps": asked.steps, "batch_size": BATCH, "max_length": LENGTH,
                 "learning_rate": t.rate, "loss": t.loss, **t.more}  # fmt: skip
     begun, solving, began = None, 0.0, time.perf_counter()
-    for step in recipe.method_steps(t.method, t.to, settings, init=t.init):
+    for step in method_steps(t.method, t.to, settings, init=t.init):
         if isinstance(step, Freeze) and step.solver in SAMPLES:
             step = step.model_copy(update={"samples": SAMPLES[step.solver]})
         if isinstance(step, Train) and t.to is not None:
@@ -171,6 +172,6 @@ def roads(setting: Setting, asked: Asked) -> Iterator[dict]:
     found = trained(setting, straight, asked)
     yield {"what": W4, "name": "qat-lora", "rate": straight.rate, **found.row, **measured(setting, found.there)}
     with torch.no_grad():
-        for step in recipe.merge_steps(found.there):
+        for step in merge_steps(found.there):
             step(found.there)
     yield {"what": W4, "name": "qat-lora, merged", "rate": straight.rate, **measured(setting, found.there)}

@@ -1,0 +1,220 @@
+"""Methods: a name for a list of steps, and what goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from halfbyte import adapters
+from halfbyte.errors import InputError
+from halfbyte.formats import Format, parse
+from halfbyte.layers import weights
+from halfbyte.qtensor import no_shift
+from halfbyte.run import Run, to_scheme
+from halfbyte.scheme import Mix, Scheme
+from halfbyte.solvers import SOLVERS, solver
+from halfbyte.steps import SHARES, Adapt, Dequantize, Freeze, Grid, Merge, Step, Teacher, Train
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a method is made from. to: its scheme. init: the solver that its codes begin from, if any. teacher: a MODEL
+    that the loss holds it to, instead of what it was itself. train, adapt: settings of Train and of Adapt."""
+
+    to: Any
+    init: str | None
+    teacher: str | None
+    train: dict[str, Any]
+    adapt: dict[str, Any]
+
+    def taught(self, **how: bool) -> list[Step]:
+        """What goes before the step that changes the weights, where the loss needs a teacher."""
+        return [] if self.train.get("loss", "ce") == "ce" else [Teacher(model=self.teacher, **how)]
+
+    def adapted(self) -> Adapt:
+        """What has to be found on text for the adapter's start is found on what is trained on."""
+        text = {k: self.train[k] for k in ("data", "max_length") if k in self.train}
+        text = {"calibration" if k == "data" else k: v for k, v in text.items()}
+        begins_on_text = adapters.start(self.adapt.get("init_lora_weights", True)).told == "moments"
+        return Adapt(**{**(text if begins_on_text else {}), **self.adapt})
+
+    def codes(self, learn: bool = False) -> Freeze:
+        """By a solver, on what is trained on, if it needs text."""
+        init = self.init or "rtn"
+        length = self.train.get("max_length", Train.model_fields["max_length"].default)
+        source = self.train.get("data") if solver(init).needs_data else "none"
+        return Freeze(scheme=self.to, solver=init, calibration=source, max_length=length, learn=learn)
+
+    def seen(self) -> Step:
+        """A grid over the weights, of which nothing can be dropped. Its scales are found anew from them at every step,
+        or are learned, from a solver's on."""
+        if self.adapt.get("lora_dropout"):
+            raise InputError("--lora-dropout: through a grid W0 + s B A is seen whole; leave it out.")
+        return Grid(scheme=self.to) if self.init is None else self.codes(learn=True)
+
+
+@dataclass(frozen=True)
+class Method:
+    """needs_scheme: whether it needs --to, which its result is stored in; its loss may then be what that changed.
+    adapts: whether it takes Adapt's settings. begins: whether its codes can be a solver's. norms: whether norms can be
+    trained too."""
+
+    steps: Callable[[Given], list[Step]]
+    needs_scheme: bool = False
+    adapts: bool = False
+    begins: bool = False
+    norms: bool = False
+
+
+QA_LORA = "uint4-g32-affine"  # the paper's: 4 bits in groups of 32, with zero points that are floats
+
+
+def shifting(given: Any) -> Scheme | Mix:
+    """A scheme whose zero points take in what QA-LoRA adds. Raises InputError for one that has none."""
+    chosen = to_scheme(given)
+    if isinstance(chosen, Mix):
+        formats = [parse(f) for f in (chosen.base, *(better for *_, better in chosen.better))]
+    else:
+        formats = [rule.weight for rule in chosen.rules if rule.weight is not None]
+    if (why := next((w for f in formats if (w := no_shift(f)) is not None), None)) is not None:
+        raise InputError(f"--method qa-lora --to {chosen.name}: {why}.")
+    return chosen
+
+
+METHODS: dict[str, Method] = {
+    "full": Method(lambda g: [Dequantize(), Train(**g.train)]),
+    "lora": Method(lambda g: [g.adapted(), Train(**g.train)], adapts=True),
+    "qlora": Method(  # onto codes that are there already, or NF4; by rounding: an adapter's folder holds no codes
+        lambda g: [
+            Freeze(scheme=g.to or "NF4", keep=g.to is None, calibration="none"), g.adapted(), Train(**g.train),
+        ],
+        adapts=True,
+    ),
+    "qa-lora": Method(  # onto asymmetric codes, whose zero points take in what is learned when it is merged
+        lambda g: [
+            Freeze(scheme=shifting(g.to or QA_LORA), keep=g.to is None, calibration="none"),
+            Adapt(**{**g.adapt, "use_qalora": True}), Train(**g.train),
+        ],
+        adapts=True,
+    ),
+    "qat": Method(
+        lambda g: [Dequantize(), *g.taught(keep=True), g.seen(), Train(**g.train), Freeze()],
+        needs_scheme=True,
+        begins=True,
+    ),
+    "qat-lora": Method(  # W0 may be held as codes; from a solver's codes it is merged, as no adapter's folder has these
+        lambda g: [
+            *([] if g.init is None else [Dequantize()]), *g.taught(keep="modules_to_save" in g.adapt, codes=True),
+            g.seen(), g.adapted(), Train(**g.train), *([] if g.init is None else [Merge(), Freeze()]),
+        ],
+        needs_scheme=True,
+        adapts=True,
+        begins=True,
+    ),
+    "scales": Method(
+        lambda g: [*g.taught(keep=bool(g.train.get("norms"))), g.codes(), Train(**g.train)],
+        needs_scheme=True,
+        begins=True,
+        norms=True,
+    ),
+}  # fmt: skip
+
+
+def method_steps(
+    method: str,
+    to: Any,
+    train: Mapping[str, Any],
+    adapt: Mapping[str, Any] | None = None,
+    init: str | None = None,
+    teacher: str | None = None,
+) -> list[Step]:
+    """The steps of a method. `train` may hold Adapt's keys too (r, lora_alpha ...). Raises InputError for what does not
+    go together, before anything is read."""
+    if method not in METHODS:
+        raise InputError(f"--method {method}: it is {', '.join(METHODS)}.")
+    made = METHODS[method]
+    own = {k: v for k, v in train.items() if k in Train.model_fields}
+    rest = {**{k: v for k, v in train.items() if k not in own}, **(adapt or {})}
+    if made.needs_scheme and to is None:
+        raise InputError(f"--method {method} needs --to SCHEME: what the result will be stored in.")
+    if to is not None and method in ("full", "lora"):
+        name = to_scheme(to).name
+        raise InputError(f"--method {method} takes no --to: it quantizes nothing. Train, then merge --to {name}.")
+    if rest and not made.adapts:
+        named = ", ".join("adapter" if k == "path" else k for k in rest)
+        raise InputError(f"--method {method} has no adapter, and does not take {named}.")
+    if own.get("norms") and not made.norms:
+        takes = ", ".join(n for n, m in METHODS.items() if m.norms)
+        raise InputError(f"--norms: norms are trained beside scales, by --method {takes}; {method} does not.")
+    if rest.get("init_lora_weights") == "loftq" and method != "qlora":
+        raise InputError(f"--init-lora-weights loftq makes good what --method qlora quantizes; {method} has floats.")
+    _check_init(method, made, init)
+    _check_loss(method, made, own.get("loss", "ce"), teacher)
+    reader = _reads_text(init, rest)
+    if reader is not None and own.get("eval_split"):
+        raise InputError(f"{reader} --eval-split: it would see what is held out; give --eval-data FILE.")
+    if made.norms or init is not None:  # before a solver has worked
+        _check_learnable(method, to)
+    steps = made.steps(Given(to, init, teacher, own, rest))
+    if own.get("fake_quant_after_n_steps") and not any(_sees(s) for s in steps):
+        raise InputError("--fake-quant-after-n-steps: nothing is seen through a grid here; leave it out.")
+    return steps
+
+
+def _check_init(method: str, made: Method, init: str | None) -> None:
+    if init is None:
+        return
+    if not made.begins:
+        takes = ", ".join(n for n, m in METHODS.items() if m.begins)
+        raise InputError(f"--init {init}: codes to begin from are for --method {takes}.")
+    if init not in SOLVERS:
+        raise InputError(f"--init {init}: there is no such solver; those are {', '.join(SOLVERS)}.")
+
+
+def _check_loss(method: str, made: Method, loss: str, teacher: str | None) -> None:
+    if loss not in ("ce", *SHARES):
+        raise InputError(f"--loss {loss}: it is ce, {', '.join(SHARES)}.")
+    if loss != "ce" and not made.needs_scheme:
+        takes = ", ".join(n for n, m in METHODS.items() if m.needs_scheme)
+        raise InputError(f"--loss {loss} holds a model to what it was before it was quantized: for --method {takes}.")
+    if teacher is not None and loss == "ce":
+        raise InputError(f"--teacher {teacher}: the loss asks no teacher; add --loss kl or --loss both.")
+
+
+def _reads_text(init: str | None, adapt: Mapping[str, Any]) -> str | None:
+    """The flag that has something found on the training text before it is trained on."""
+    if init is not None and solver(init).needs_data:
+        return f"--init {init}"
+    begins = adapt.get("init_lora_weights", True)
+    return f"--init-lora-weights {begins}" if adapters.start(begins).told == "moments" else None
+
+
+def _check_learnable(method: str, to: Any) -> None:
+    chosen = to_scheme(to)
+    for rule in chosen.rules if isinstance(chosen, Scheme) else ():
+        if rule.weight is not None and isinstance(rule.weight.scale, Format):
+            raise InputError(
+                f"--method {method} --to {chosen.name}: scales of {rule.weight} are quantized themselves and cannot be "
+                "trained."
+            )
+
+
+def _sees(step: Step) -> bool:
+    """Whether weights are seen through a grid from a step on."""
+    return isinstance(step, Grid) or (isinstance(step, Freeze) and step.learn)
+
+
+def merge_steps(
+    run: Run, to: Any = None, base: str = "trained", group_size: int | None = None, model: str | None = None,
+    **settings: Any,
+) -> list[Step]:  # fmt: skip
+    """Merge, into `base` and `model` as that step says, then what makes codes: the scheme given, with further settings
+    of Freeze, or the grid that the run was trained through."""
+    gridded = any(w.grid is not None for w in weights(run.model).values())
+    if to is None:
+        return [Merge(base=base, model=model), *([Freeze()] if gridded else [])]
+    freeze = Freeze(scheme=to, group_size=group_size, **settings)
+    for w in weights(run.model).values():
+        w.grid = None
+    return [Merge(base=base, model=model), freeze]
