@@ -7,11 +7,13 @@ import torch
 
 from halfbyte import InputError, run
 from halfbyte.containers.shards import Shards
+from halfbyte.folders import disk_bytes
 from halfbyte.model import load
+from halfbyte.models.loading import DTYPES, parse_dtype
 from halfbyte.plan import inventory
 from halfbyte.recipe import save
-from halfbyte.run import DTYPES, disk_bytes, parse_dtype, see_through, to_scheme
-from halfbyte.scheme import scheme
+from halfbyte.run import see_through
+from halfbyte.scheme import scheme, to_scheme
 from halfbyte.steps import Adapt, Evaluate, Freeze
 from miniatures import folder, logits
 
