@@ -97,6 +97,15 @@ def test_the_other_base(on_codes, on_floats, original, codes, tmp_path):
     assert bases.other(load(in_memory)) == str(original)
 
 
+def test_training_that_goes_on_keeps_the_codes_that_it_began_on(original, tmp_path):
+    once = load(original).train(method="qlora", to="int4-g32", **SHORT).save(tmp_path / "once")
+    made = load(once).train(method="qlora", **{k: v for k, v in SHORT.items() if k != "r"})
+    again = load(made.save(tmp_path / "twice"))
+    assert torch.equal(logits(again.model), logits(made.model))
+    assert again.notes["stored"] == "int4-g32"
+    assert bases.other(again) == str(original)
+
+
 def test_an_original_that_is_unknown_gone_or_another_is_refused(on_codes, codes, original):
     made, notes = load(on_codes), json.loads((codes / run.NOTES).read_text())
     for broken in ({}, {"original": 3}, {"original": {"model": 3}}, {"original": None}):

@@ -345,8 +345,6 @@ def freeze(
     by_name = dict(ops(run.model))
     formats, observed = {}, {}
     held = {n: w.stored.q.format for n, op in by_name.items() if isinstance((w := op.weight).stored, Codes)}
-    if keep and held:
-        run.notes["kept_codes"] = len({id(by_name[n].weight) for n in held})
     sites = {}
     for e in plan(run.model, chosen):
         name = e.name.removesuffix(".weight")
@@ -356,6 +354,10 @@ def freeze(
     if adapters.attached(run.model) and not folds:
         inside = adapters.whole.inside(run.model)
         sites = {n: site for n, site in sites.items() if not inside(n)}
+        if not sites:
+            return  # the adapters' notes say what these codes are
+    if keep and held:
+        run.notes["kept_codes"] = len({id(by_name[n].weight) for n in held})
     for name, (f, rounded) in sites.items():
         if held.get(name) != f:
             if by_name[name].weight.device.type != "meta":
