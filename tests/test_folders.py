@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte.errors import InputError
-from halfbyte.folders import CHECKPOINT, beside, check_free, whole, whole_file
+from halfbyte.folders import CHECKPOINT, beside, check_free, disk_bytes, whole, whole_file
 
 
 def _write(target, text, **options):
@@ -171,3 +171,13 @@ def test_what_lies_beside_other_files_is_left_alone(tmp_path):
     _file(tmp_path / "m.gguf", "a")
     _file(tmp_path / "m.gguf", "b", overwrite=True)
     assert _held(tmp_path) == {"m.gguf": "b", "m.gguf.data": "dear"}
+
+
+def test_the_bytes_are_those_of_the_weight_files(tmp_path):
+    for name, size in (("model.safetensors", 100), ("other.gguf", 10), ("config.json", 1), ("a.onnx", 7)):
+        (tmp_path / name).write_bytes(bytes(size))
+    assert disk_bytes(tmp_path) == 110
+    assert disk_bytes(tmp_path / "model.safetensors") == 100
+    assert disk_bytes(tmp_path / "a.onnx") == 7
+    beside(tmp_path / "a.onnx").write_bytes(bytes(20))
+    assert disk_bytes(tmp_path / "a.onnx") == 27

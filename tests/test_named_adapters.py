@@ -1,20 +1,24 @@
 """Several adapters over one base, chosen by name; and what an adapter beside 4-bit codes goes through."""
 
+import json
+
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from halfbyte import FORMATS, InputError, export, kinds
-from halfbyte.adapters import attached, loaded
+from halfbyte.adapters import attached, loaded, whole
 from halfbyte.adapters.lora import Lora
 from halfbyte.kinds import gguf_lora
 from halfbyte.layers import Codes, Grid, Weight, weights
 from halfbyte.model import load
 from halfbyte.named_adapters import load_adapter
+from halfbyte.run import notes_of
+from halfbyte.steps import Freeze
 from miniatures import folder, logits
 
 TEXT = [{"text": "a small text that is learnt by heart, twice over and once again"}] * 4
@@ -119,10 +123,108 @@ def test_one_of_other_weights_or_no_adapter_is_refused_before_the_base_is_touche
     assert made.active_adapter is None
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "a b", "../x", "keys", "pop", "forward"])
+@pytest.mark.parametrize("name", ["", "a.b", "a b", "../x", "keys", "pop", "forward", "training"])
 def test_names_that_cannot_be(llama, two, name):
     with pytest.raises(InputError, match="cannot be named"):
         load_adapter(load(llama), two[0][0], name)
+
+
+def test_each_has_a_ledger_a_log_and_notes_of_its_own(llama, two, tmp_path):
+    (a, _), (b, _) = two
+    made = load(llama).load_adapter(a, "first").load_adapter(b, "second")
+    made.evaluate(TEXT, stage="of the first")
+    made.set_adapter("second").train(method="lora", **SHORT)
+    log = made.log
+    made.evaluate(TEXT, stage="of the second")
+    for name in ("first", "second"):
+        path = made.set_adapter(name).save(tmp_path / name)
+        stages = [row["stage"] for row in json.loads((path / "ledger.json").read_text())]
+        assert stages == [f"of the {name}"]
+    assert made.log is log
+    assert made.set_adapter("first").log is None
+
+
+def test_the_card_does_not_give_the_hash_of_another_folder(llama, two, tmp_path):
+    (a, _), _ = two
+    made = load(llama).load_adapter(a, "first").train(method="lora", **SHORT)
+    path = made.save(tmp_path / "on")
+    before, after = (notes_of(p)["sha256"] for p in (a, path))
+    assert before != after
+    assert before not in (path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("method", ["qlora", "qat-lora"])
+def test_one_whose_codes_were_made_in_another_dtype_is_refused(tmp_path, method):
+    base = folder(tmp_path / "base", words=True, dtype=torch.bfloat16)
+    path, of_it = adapter(base, tmp_path / "a", method, "int4-g32")
+    assert torch.equal(logits(load(base).load_adapter(path, "mine").model), of_it)
+    made = load(base, dtype="float32")
+    before = logits(made.model)
+    with pytest.raises(InputError, match=r"made in bfloat16: load the model in that dtype, not in float32"):
+        made.load_adapter(path, "mine")
+    assert torch.equal(logits(made.model), before)
+    made = load(path, dtype="float32").load_adapter(path, "mine")  # whose base was made in bfloat16 too
+    alone = logits(made.model)
+    assert torch.equal(logits(made.set_adapter("mine").model), alone)
+    plain, _ = adapter(base, tmp_path / "plain")
+    load(base, dtype="float32").load_adapter(plain, "mine")
+
+
+def damage(path, ending):
+    """The folder with a tensor that does not fit in place of its last one that is called so. Gives that back."""
+    file = path / "adapter_model.safetensors"
+    held = load_file(file)
+    name = sorted(n for n in held if n.endswith(ending))[-1]
+    whole = file.read_bytes()
+    save_file({**held, name: torch.zeros(3, 5)}, file)
+    return lambda: file.write_bytes(whole)
+
+
+def test_of_one_that_cannot_be_read_to_its_end_nothing_is_left(llama, two):
+    (a, of_a), (b, of_b) = two
+    mend = damage(b, "lora_B.weight")
+    made = load(llama)
+    plain = logits(made.model)
+    for _ in range(2):
+        with pytest.raises(InputError, match="lora_B"):
+            made.load_adapter(b, "second")
+        assert loaded(made.model) == []
+        assert torch.equal(logits(made.model), plain)
+    made.load_adapter(a, "first")
+    with pytest.raises(InputError, match="lora_B"):
+        made.load_adapter(b, "second")
+    assert loaded(made.model) == ["first"]
+    assert made.active_adapter == "first"
+    assert torch.equal(logits(made.model), of_a)
+    mend()
+    made.load_adapter(b, "second").set_adapter("second")
+    assert torch.equal(logits(made.model), of_b)
+
+
+def test_of_modules_that_do_not_fit_nothing_is_left(tmp_path):
+    base = folder(tmp_path / "base", "llama-untied", words=True)
+    path, of_it = adapter(base, tmp_path / "a", modules_to_save=["lm_head", "norm"])
+    mend = damage(path, "model.norm.weight")
+    made = load(base)
+    plain = logits(made.model)
+    with pytest.raises(InputError, match=r"norm\.weight is"):
+        made.load_adapter(path)
+    assert not whole.kept(made.model)
+    assert torch.equal(logits(made.model), plain)
+    mend()
+    assert torch.equal(logits(made.load_adapter(path).model), of_it)
+
+
+@pytest.mark.parametrize("how", ["scheme", "grid"])
+def test_those_that_wait_go_when_a_quantize_folds_the_other_in(llama, tmp_path, how):
+    method, to = ("lora", None) if how == "scheme" else ("qat-lora", "int4-g32")
+    paths = [adapter(llama, tmp_path / n, method, to)[0] for n in "ab"]
+    made = load(llama).load_adapter(paths[0], "first").load_adapter(paths[1], "second")
+    made.apply(Freeze(scheme="int4-g32") if how == "scheme" else Freeze())
+    assert loaded(made.model) == []
+    assert not made.waiting
+    with pytest.raises(InputError, match="those are none"):
+        made.set_adapter("second")
 
 
 def test_a_name_that_is_taken_or_unknown(llama, two):

@@ -7,10 +7,11 @@ import torch
 
 from halfbyte import InputError, run
 from halfbyte.containers.shards import Shards
+from halfbyte.folders import disk_bytes
 from halfbyte.model import load
 from halfbyte.plan import inventory
 from halfbyte.recipe import save
-from halfbyte.run import DTYPES, disk_bytes, parse_dtype, see_through, to_scheme
+from halfbyte.run import see_through
 from halfbyte.scheme import scheme
 from halfbyte.steps import Adapt, Evaluate, Freeze
 from miniatures import folder, logits
@@ -65,27 +66,11 @@ def test_bits_per_weight_are_those_in_memory(base, to):
     assert made.bits_per_weight() == pytest.approx(8 * held / parameters)
 
 
-def test_the_bytes_are_those_of_the_weight_files(tmp_path, base):
-    path = load(base).quantize("W4A16").save(tmp_path / "out")
-    assert disk_bytes(path) == (path / "model.safetensors").stat().st_size
-    assert disk_bytes(path / "model.safetensors") == disk_bytes(path)
-
-
 def test_a_model_without_a_tokenizer_is_quantized_but_not_trained(tmp_path):
     made = load(folder(tmp_path / "bare"))
     made.quantize("int4-g32").save(tmp_path / "out")
     with pytest.raises(InputError, match="no tokenizer"):
         load(tmp_path / "bare").train(TEXT, method="lora", **SHORT)
-
-
-@pytest.mark.parametrize("name", [*DTYPES, torch.float32, None])
-def test_dtypes_by_name(name):
-    assert parse_dtype(name) == DTYPES.get(name, name)
-
-
-def test_another_dtype_is_refused():
-    with pytest.raises(InputError, match="int8"):
-        parse_dtype("int8")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -130,14 +115,6 @@ def test_what_no_folder_holds_is_known_before_the_work(base, to):
 @pytest.mark.parametrize("to", ["W4A16", "NF4", "FP8", "W8A8"])
 def test_what_a_folder_holds(base, to):
     load(base).holds(scheme(to))
-
-
-def test_a_scheme_by_name_by_object_and_by_rules():
-    assert to_scheme("W4A16") is scheme("W4A16")
-    assert to_scheme(scheme("W4A16")) is scheme("W4A16")
-    assert to_scheme([{"match": ".*", "weight": "int4-g64"}], 32).rules[0].weight.group == 32
-    with pytest.raises(InputError):
-        to_scheme(4)
 
 
 def test_seeing_through_a_grid_changes_no_stored_weight(base):

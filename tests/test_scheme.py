@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from halfbyte import FORMATS, InputError
 from halfbyte.formats import parse
-from halfbyte.scheme import MIXES, SCHEMES, Rule, Scheme, custom, scheme
+from halfbyte.scheme import MIXES, SCHEMES, Rule, Scheme, custom, scheme, to_scheme
 
 KEPT = ["embedding", "head", "router", "position", "convolution"]
 
@@ -180,3 +180,11 @@ def test_a_rule_matches_by_role_or_by_name():
     assert Rule("@head", None).matches("x", "head")
     assert not Rule("@head", None).matches("@head", "linear")
     assert Rule(r"a\.b", None).matches("a.b", "linear")
+
+
+def test_a_scheme_by_name_by_object_and_by_rules():
+    assert to_scheme("W4A16") is scheme("W4A16")
+    assert to_scheme(scheme("W4A16")) is scheme("W4A16")
+    assert to_scheme([{"match": ".*", "weight": "int4-g64"}], 32).rules[0].weight.group == 32
+    with pytest.raises(InputError):
+        to_scheme(4)

@@ -21,8 +21,7 @@ from halfbyte.layers import Codes, Linear, ops
 from halfbyte.models import Loaded
 from halfbyte.models.gguf_saving import FLOATS
 from halfbyte.plan import Entry, inventory, plan, totals
-from halfbyte.run import to_scheme
-from halfbyte.scheme import MIXES, Mix, Scheme, static
+from halfbyte.scheme import MIXES, Mix, Scheme, static, to_scheme
 from halfbyte.solvers import solver
 from halfbyte.steps import Freeze, Step
 

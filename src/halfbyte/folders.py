@@ -21,6 +21,13 @@ def beside(target: Path) -> Path:
     return target.with_name(f"{target.name}.data")
 
 
+def disk_bytes(path: Path) -> int:
+    """Bytes of the weight files of a folder, or of a file and what lies beside it."""
+    if path.is_file():
+        return path.stat().st_size + (beside(path).stat().st_size if beside(path).is_file() else 0)
+    return sum(f.stat().st_size for f in path.iterdir() if f.suffix in (".safetensors", ".gguf"))
+
+
 def _files(target: Path) -> list[Path]:
     """All that an output of FILES may be."""
     return [target, beside(target)] if target.suffix == ".onnx" else [target]

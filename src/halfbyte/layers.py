@@ -17,8 +17,8 @@ from halfbyte.qtensor import QTensor
 from halfbyte.weight import Codes, Grid, Weight, needs_base
 
 __all__ = [
-    "OPS", "Codes", "Conv", "Embedding", "Experts", "Grid", "Linear", "Op", "RoundsInputs", "Weight", "ops", "swap",
-    "weights",
+    "OPS", "Codes", "Conv", "Embedding", "Experts", "Grid", "Linear", "Op", "RoundsInputs", "Weight", "ops",
+    "round_inputs_of_codes", "swap", "weights",
 ]  # fmt: skip
 
 
@@ -207,3 +207,10 @@ def weights(model: nn.Module) -> dict[str, Weight]:
         seen.setdefault(id(op.weight), f"{name}.weight")
     by_id = {id(op.weight): op.weight for _, op in ops(model)}
     return {name: by_id[i] for i, name in seen.items()}
+
+
+def round_inputs_of_codes(model: nn.Module) -> None:
+    """Has inputs rounded no more where weights are neither codes nor seen through a grid: no file says so of floats."""
+    for _, op in ops(model):
+        if isinstance(op, RoundsInputs) and op.weight.grid is None and not isinstance(op.weight.stored, Codes):
+            op.input = None

@@ -20,18 +20,16 @@ from halfbyte.containers import container_for, peft
 from halfbyte.containers.delta import files_of, weight_files
 from halfbyte.containers.shards import read_json, sha256_of
 from halfbyte.errors import InputError
-from halfbyte.folders import beside
+from halfbyte.folders import disk_bytes
 from halfbyte.formats import Format
-from halfbyte.layers import Codes, Embedding, Grid, Linear, Op, ops, weights
-from halfbyte.models import Loaded
+from halfbyte.layers import Codes, Embedding, Grid, Linear, Op, ops, round_inputs_of_codes, weights
+from halfbyte.models import Loaded, parse_dtype
 from halfbyte.plan import inventory, plan, totals
-from halfbyte.scheme import Mix, Scheme, custom, scheme, static
+from halfbyte.scheme import Mix, Scheme, check_static, static, to_scheme
 from halfbyte.solvers import Solver, solver
 from halfbyte.train import Log
 
 NOTES, MASTERS = "halfbyte.json", "masters"
-DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
-          "float16": torch.float16, "fp16": torch.float16}  # fmt: skip
 
 
 @dataclass
@@ -40,8 +38,8 @@ class Run:
     log: of the last training. rows: the ledger so far, (stage, figures). files: what it was read from.
     checkpoint: the folder where training, or quantizing, keeps its state, and goes on from what is there. from_disk:
     whether weights are read when they are needed. masters: floats that were trained and then made codes. teacher: a
-    model whose predictions training may be held to. waiting: notes and files of adapters that are not in use, by
-    name."""
+    model whose predictions training may be held to. waiting: of adapters that are not in use, by name, what they have
+    for themselves: notes, log, files and rows."""
 
     loaded: Loaded
     seed: int = 0
@@ -52,7 +50,7 @@ class Run:
     from_disk: bool = False
     masters: dict[str, Tensor] = field(default_factory=dict)
     teacher: Any = field(default=None, repr=False)
-    waiting: dict[str, tuple[dict[str, Any], list[Path]]] = field(default_factory=dict)
+    waiting: dict[str, dict[str, Any]] = field(default_factory=dict)
     rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
     @property
@@ -85,6 +83,15 @@ class Run:
     @property
     def causal(self) -> bool:
         return not type(self.model).__name__.endswith("ForSequenceClassification")
+
+    def let_go(self) -> None:
+        """Of what went with weights that are now others: adapters that wait were trained beside what was there before,
+        and once none is in use, what was trained whole is the model's own."""
+        self.waiting.clear()
+        for w in weights(self.model).values():
+            w.waiting.clear()
+        if not adapters.attached(self.model):
+            adapters.whole.let_go(self.model)
 
     def write(self, folder: Path, name: str) -> None:
         """The result, into an existing folder that will be called `name`: an adapter folder as PEFT's while
@@ -171,22 +178,6 @@ class Run:
         return 8 * size / n
 
 
-def disk_bytes(path: Path) -> int:
-    """Bytes of the weight files of a folder, or of a file and what lies beside it."""
-    if path.is_file():
-        return path.stat().st_size + (beside(path).stat().st_size if beside(path).is_file() else 0)
-    return sum(f.stat().st_size for f in path.iterdir() if f.suffix in (".safetensors", ".gguf"))
-
-
-def parse_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
-    """Raises InputError for a dtype that is not one to compute in."""
-    if name is None or isinstance(name, torch.dtype):
-        return name
-    if name not in DTYPES:
-        raise InputError(f"--dtype {name}: it is float32, bfloat16 or float16.")
-    return DTYPES[name]
-
-
 def load(
     source: str | Path,
     dtype: str | torch.dtype | None = None,
@@ -221,31 +212,46 @@ def _load_adapter(path: Path, dtype: torch.dtype | None, seed: int, given: str |
         if not beside.exists():
             raise InputError(f"{path}: its base model is no longer at {base}; put it back, or correct {peft.CONFIG}.")
         base = str(beside)
-    notes = notes_of(path)
+    notes = inherited(path)
     run = Run(models.load(base, parse_dtype(notes.get("dtype")) or dtype), seed)
     check_base(run, path)
     bring(run, notes)
     if dtype is not None:  # not before: the codes that it was trained on have scales in the dtype of then
         _cast(run, dtype)
     attach_from(run, path)
-    run.notes = {k: v for k, v in notes.items() if k != "sha256"}  # of that folder, not of what is made of it
+    run.notes = notes
     return run
 
 
 @torch.no_grad()
 def _cast(run: Run, dtype: torch.dtype) -> None:
-    """Computes in another dtype; codes and scales stay."""
+    """Computes in another dtype; codes and scales stay, and so what a grid makes codes of. Raises InputError where that
+    is looked up, and so gives the dtype that all others compute in."""
+    seen = [w for w in weights(run.model).values() if w.grid is not None]
+    if any(isinstance(op, Embedding) and op.weight.grid and op.weight.dtype != dtype for _, op in ops(run.model)):
+        own = str(run.loaded.config.dtype).removeprefix("torch.")
+        raise InputError(f"{run.loaded.source}: its embedding was trained through a grid in {own}: leave out --dtype.")
+    stay = {id(p) for w in seen for p in w.parameters()}
     for w in weights(run.model).values():
-        if isinstance(w.stored, Codes):
+        if w.grid is None and isinstance(w.stored, Codes):
             w.store(replace(w.stored.q, dtype=dtype))
     for p in run.model.parameters():  # not model.to(dtype), which would round the rotary frequencies too
-        p.data = p.data.to(dtype)
+        if id(p) not in stay:
+            p.data = p.data.to(dtype)
     run.loaded.config.dtype = dtype
 
 
 def notes_of(path: Path) -> dict[str, Any]:
     """The notes beside a result; none beside what others wrote. Raises InputError for a broken file."""
     return read_json(path / NOTES) if (path / NOTES).exists() else {}
+
+
+def inherited(path: Path) -> dict[str, Any]:
+    """The notes of a folder for a run that goes on from it: the hash is of that folder, not of what is made of it."""
+    return {k: v for k, v in notes_of(path).items() if k != "sha256"}
+
+
+FORM = ("dequantized", "stored", "kept_codes", "solver", "grid", "grid_search")  # notes that `bring` needs
 
 
 def bring(run: Run, notes: Mapping[str, Any]) -> None:
@@ -331,27 +337,38 @@ def freeze(
     store: calibrate.Store = calibrate.IN_MEMORY,
 ) -> None:  # fmt: skip
     """Makes codes of every weight that the scheme quantizes, but of those that are such codes already; with `keep`, of
-    none that are codes. inputs: how observe finds the scales of inputs, where the scheme has static ones; it does so
-    once all weights are codes. squares, store: see calibrate.freeze. Raises InputError before any is touched if one
-    cannot be; where weights are on disk, when it is read."""
+    none that are codes. Adapters on them are folded in; where all stay, so do modules trained whole. inputs:
+    how observe finds the scales of inputs, where the scheme has static ones; it does so once all weights are codes.
+    squares, store: see calibrate.freeze. Raises InputError before any is touched if one cannot be; where weights are on
+    disk, when it is read."""
     check_static(chosen, batches)
     by_name = dict(ops(run.model))
     formats, observed = {}, {}
     held = {n: w.stored.q.format for n, op in by_name.items() if isinstance((w := op.weight).stored, Codes)}
-    if keep and held:
-        run.notes["kept_codes"] = len({id(by_name[n].weight) for n in held})
+    sites = {}
     for e in plan(run.model, chosen):
         name = e.name.removesuffix(".weight")
-        if e.after is None or e.tied_to or (keep and name in held):
-            continue
-        if held.get(name) != e.after:
+        if e.after is not None and not e.tied_to and not (keep and name in held):
+            sites[name] = (e.after, e.input)
+    folds = any(by_name[n].weight.adapters for n, (f, _) in sites.items() if held.get(n) != f)
+    if adapters.attached(run.model) and not folds:
+        inside = adapters.whole.inside(run.model)
+        sites = {n: site for n, site in sites.items() if not inside(n)}
+        if not sites:
+            return  # the adapters' notes say what these codes are
+    if keep and held:
+        run.notes["kept_codes"] = len({id(by_name[n].weight) for n in held})
+    for name, (f, rounded) in sites.items():
+        if held.get(name) != f:
             if by_name[name].weight.device.type != "meta":
-                calibrate.finite(name, by_name[name], e.after)
-            formats[name] = e.after
-        _set_input(by_name[name], None if static(e.input) else e.input)
-        if static(e.input) and isinstance(by_name[name], Linear):
-            observed[name] = e.input
+                calibrate.finite(name, by_name[name], f)
+            formats[name] = f
+        _set_input(by_name[name], None if static(rounded) else rounded)
+        if static(rounded) and isinstance(by_name[name], Linear):
+            observed[name] = rounded
     calibrate.freeze(run.model, formats, by, batches, on_block, squares, store)
+    if formats:
+        run.let_go()
     run.notes |= {"stored": chosen.notation(), "solver": by.name, "calibrated": bool(batches or squares)}
     if observed and batches:
         run.read_weights()
@@ -366,21 +383,12 @@ def sharing(run: Run) -> Run:
     return replace(run, loaded=loaded, notes=dict(run.notes), rows=[], masters={}, teacher=None)
 
 
-def check_static(chosen: Scheme | Mix, text: Any) -> None:
-    """Raises InputError where a scheme has static inputs and there is no text to find their scales on."""
-    if chosen.static and not text:
-        raise InputError(
-            f"{chosen.name} rounds inputs by scales that are found on text: quantizing to it needs --calibration FILE."
-        )
-
-
 def dequantize(run: Run) -> None:
     """Makes floats, in the model's dtype, of every weight that is codes; inputs are rounded no more."""
     held = {w.stored.q.format.name for w in weights(run.model).values() if isinstance(w.stored, Codes)}
-    for _, op in ops(run.model):
-        if isinstance(op.weight.stored, Codes):
-            op.weight.dequantize()
-            _set_input(op, None)
+    for w in weights(run.model).values():
+        w.dequantize()
+    round_inputs_of_codes(run.model)
     if held:
         run.notes["dequantized"] = sorted(held)
 
@@ -388,11 +396,3 @@ def dequantize(run: Run) -> None:
 def _set_input(op: Op, f: Format | None) -> None:
     if isinstance(op, Linear):
         op.input = f
-
-
-def to_scheme(given: Any, group_size: int | None = None) -> Scheme | Mix:
-    """A scheme's name, a Scheme, or a recipe's own list of rules {match, weight, input, why}. Raises InputError."""
-    if isinstance(given, str | Scheme | Mix):
-        return scheme(given, group_size)
-    own = custom(given)
-    return own if group_size is None else own.with_group(group_size)

@@ -309,3 +309,19 @@ def _pattern(match: str | None) -> str:
     except re.error as e:
         raise InputError(f"a rule of a scheme: {match!r} is no regular expression: {e}.") from None
     return match
+
+
+def to_scheme(given: Any, group_size: int | None = None) -> Scheme | Mix:
+    """A scheme's name, a Scheme, or a recipe's own list of rules {match, weight, input, why}. Raises InputError."""
+    if isinstance(given, str | Scheme | Mix):
+        return scheme(given, group_size)
+    own = custom(given)
+    return own if group_size is None else own.with_group(group_size)
+
+
+def check_static(chosen: Scheme | Mix, text: Any) -> None:
+    """Raises InputError where a scheme has static inputs and there is no text to find their scales on."""
+    if chosen.static and not text:
+        raise InputError(
+            f"{chosen.name} rounds inputs by scales that are found on text: quantizing to it needs --calibration FILE."
+        )

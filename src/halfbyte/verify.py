@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halfbyte import data, evaluate, models
+from halfbyte import bases, data, evaluate, models
 from halfbyte.containers.delta import Delta, base_sha256, files_of
-from halfbyte.containers.shards import read_json
 from halfbyte.errors import InputError
-from halfbyte.run import NOTES, Run, disk_bytes, load
+from halfbyte.folders import disk_bytes
+from halfbyte.run import NOTES, Run, load, notes_of
 from halfbyte.steps import ENCODING, Evaluate, Train
 
 # Figures of a row that are measured again, and which of them need the reference.
@@ -72,7 +72,7 @@ def verify(
 
 def files(path: Path, base: Path | None, delta: Delta | None) -> Iterator[Finding]:
     """Hashes against those of a delta, and against those that the folder's notes record."""
-    notes, here = _notes(path), base_sha256(path)
+    notes, here = notes_of(path), base_sha256(path)
     if claimed := notes.get("sha256"):
         yield _hash(f"weights, by {NOTES}", claimed, here)
     elif delta is None:
@@ -86,15 +86,11 @@ def files(path: Path, base: Path | None, delta: Delta | None) -> Iterator[Findin
         if delta is not None:
             yield _hash(f"base, by {delta.path}", delta.manifest.base, base_sha256(base))
         elif claimed := notes.get("base_sha256"):
-            yield _hash(f"base, by {NOTES}", claimed, base_sha256(base))
+            yield _hash(f"base, by {NOTES}", claimed, models.sha256(base))
 
 
 def _hash(what: str, claimed: Any, found: str) -> Finding:
     return Finding(what, claimed, found, claimed == found)
-
-
-def _notes(path: Path) -> dict[str, Any]:
-    return read_json(path / NOTES) if (path / NOTES).exists() else {}
 
 
 # --- the ledger
@@ -106,9 +102,9 @@ def ledger(
     """The figures that a ledger's rows claim of this model, measured again where there is the data: what is given, or
     lies where the notes say. A figure against a reference needs that reference as the base. Rows of more or fewer bits
     a weight are of an earlier stage, and of several on the same data the last counts."""
-    notes = _notes(path)
+    notes = notes_of(path)
     texts = _texts(given, notes)
-    run = load(path, weights=False)
+    run = load(path, weights=False, base=bases.own(path, None if base is None else str(base)))
     bits = run.bits_per_weight()
     last: dict[Any, dict[str, Any]] = {}
     for row in rows:
@@ -178,7 +174,7 @@ def _measured(
         yield _unread(stage, row.get("data_sha256"))
         return
     run.read_weights()
-    against = base if base is not None and wanted and base_sha256(base) == wanted else None
+    against = base if base is not None and wanted and models.sha256(base) == wanted else None
     again = _again(row, run, records, against, on_batch)
     if again["tokens"] != row["tokens"]:
         yield Finding(f"{stage}: tokens", row["tokens"], again["tokens"], None, "it was measured by other settings")

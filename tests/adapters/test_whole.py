@@ -90,6 +90,42 @@ def test_codes_that_are_trained_whole_become_floats(tmp_path):
     assert torch.equal(logits(load(path).model), logits(made.model))
 
 
+def test_inputs_of_codes_that_became_floats_are_rounded_no_more(tmp_path):
+    base = folder(tmp_path / "base", words=True)
+    made = load(load(base).quantize("W8A8").save(tmp_path / "codes"))
+    Adapt(r=2, modules_to_save=["layers.0.mlp"])(made)
+    mlp = made.model.model.layers[0].mlp
+    assert [op.input for op in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)] == [None] * 3
+    assert made.model.model.layers[1].mlp.up_proj.input is not None
+    again = load(made.save(tmp_path / "adapter"))
+    assert torch.equal(logits(again.model), logits(made.model))
+    unmerged = logits(made.model)
+    assert torch.equal(logits(load(made.merge().save(tmp_path / "merged")).model), logits(made.model))
+    assert not torch.equal(logits(made.model), unmerged)  # inputs of what was adapted are floats now too
+
+
+def test_a_module_stays_a_float_while_the_adapters_stay(tmp_path):
+    base = folder(tmp_path / "base", words=True)
+    path = load(base).train(method="qlora", modules_to_save=["layers.0.mlp.up_proj"], **SHORT).save(tmp_path / "one")
+    made = load(path).train(method="qlora", **SHORT)
+    module = made.model.model.layers[0].mlp.up_proj
+    assert list(whole.kept(made.model).values()) == [module]
+    assert not torch.equal(module.weight.base(), load(path).model.model.layers[0].mlp.up_proj.weight.base())
+    assert torch.equal(logits(load(made.save(tmp_path / "two")).model), logits(made.model))
+
+
+def test_marks_go_when_a_quantize_folds_the_adapters_in(tmp_path):
+    base = folder(tmp_path / "base", "llama-untied", words=True)
+    path = load(base).train(modules_to_save=["lm_head"], **SHORT).save(tmp_path / "adapter")
+    made = load(path)
+    assert list(whole.kept(made.model)) == ["lm_head"]
+    made.quantize("int4-g32")
+    assert not whole.kept(made.model)
+    made.train(method="qlora", **SHORT)
+    config = json.loads((made.save(tmp_path / "again") / "adapter_config.json").read_text())
+    assert config["modules_to_save"] is None
+
+
 def test_a_module_is_seen_through_its_grid(tmp_path):
     base = folder(tmp_path / "base", words=True)
     made = load(base).train(method="qat-lora", to="W4A16", modules_to_save=["layers.0.mlp.up_proj"], **SHORT)

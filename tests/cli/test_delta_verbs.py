@@ -223,3 +223,36 @@ def test_what_cannot_be_verified(refused, sent, tmp_path):
     refused("verify", sent["tuned"], "--data", tmp_path / "nowhere.jsonl", words="nowhere.jsonl")
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     refused("verify", tmp_path / "x.gguf", words="is not a folder")
+
+
+@pytest.fixture
+def trained(tiny_llama, tiny_data, tmp_path):
+    """A base of one's own, and an adapter folder on it that was measured against it."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    short = {"steps": 2, "batch_size": 2, "max_length": 64, "learning_rate": 1e-2, "r": 4}
+    made = library.load(base).train(str(tiny_data["text"]), "lora", **short)
+    made.evaluate(str(tiny_data["text"]), str(base), "against base")
+    return base, made.save(tmp_path / "adapter")
+
+
+def test_an_adapter_whose_base_was_moved_is_verified(halfbyte, verified, trained, tmp_path):
+    base, adapter = trained
+    (tmp_path / "elsewhere").mkdir()
+    base.rename(tmp_path / "elsewhere" / "other")
+    said = halfbyte("verify", adapter)
+    assert said.status == 2
+    assert "its base model is no longer at" in said.err
+    status, found, _ = verified(adapter, "--base", tmp_path / "elsewhere" / "other")
+    assert status == 0
+    assert found["against base: kl_mean"]["holds"] is True
+    assert found["base, by halfbyte.json"]["holds"] is True
+
+
+def test_a_base_with_the_weights_a_second_time_is_the_same(verified, trained):
+    base, adapter = trained
+    shutil.copy(base / "model.safetensors", base / "consolidated.safetensors")
+    status, found, _ = verified(adapter, "--base", base)
+    assert status == 0
+    assert found["base, by halfbyte.json"]["holds"] is True
+    assert found["against base: kl_mean"]["holds"] is True

@@ -199,6 +199,8 @@ def test_generate_by_the_adapter_that_is_named(halfbyte, refused, tiny_llama, ti
     assert halfbyte(*both).out == alone["one"]
     assert halfbyte(*both, "--use", "first").out == alone["one"]
     assert halfbyte(*both, "--use", "two").out == alone["two"]
+    on_one = ("generate", tmp_path / "one", *say, "--adapter", f"x={tmp_path / 'two'}")
+    assert halfbyte(*on_one).out == halfbyte(*on_one, "--use", "x").out == alone["two"]
     refused(*both, "--use", "third", words="--adapter gives first, two")
     refused(*both, "--adapter", f"first={tmp_path / 'two'}", words="one named 'first' already")
     refused("generate", tiny_llama, *say, "--use", "first", words="--adapter NAME=DIR")

@@ -55,6 +55,12 @@ def test_qa_lora_keeps_its_codes_in_every_file_that_holds_them(halfbyte, refused
     assert halfbyte("generate", adapter, "--prompt", "The fox", "--max-new-tokens", "3").status == 0
 
 
+def test_what_no_folder_holds_is_known_before_both_bases_are_measured(refused, trained, tmp_path, monkeypatch):
+    adapter = trained("--method", "qa-lora", "--to", "q4_1")
+    monkeypatch.setattr("halfbyte.cli.merge._difference", None)
+    refused("merge", adapter, "-o", tmp_path / "out", "--base", "both", words="name the output OUT.gguf or OUT.onnx")
+
+
 def test_qa_lora_refuses_symmetric_formats(refused, tiny_llama, tiny_data, tmp_path):
     train = ("train", tiny_llama, "--data", tiny_data["text"], "--method", "qa-lora", "-o", tmp_path / "out")
     refused(*train, "--to", "W4A16", words=("--method qa-lora --to W4A16", "has no zero points"))
@@ -106,6 +112,7 @@ def test_an_adapter_trained_on_floats_goes_onto_codes(halfbyte, refused, trained
     assert said.json["kl_mean"] > 1e-6
     assert merged(halfbyte, adapter, tmp_path / "both", "--base", "both", "--base-model", codes).json["bases"]
     for more, words in [
+        (("--base", "original"), "was trained on floats; name the other base by --base-model"),
         (("--base", "both"), "was trained on floats; name the other base by --base-model"),
         (("--base", "trained", "--base-model", codes), "other weights than"),
         (("--base", "neither"), "--base neither: it is trained, original, both"),

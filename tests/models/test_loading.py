@@ -12,7 +12,7 @@ from transformers import CompressedTensorsConfig
 
 from halfbyte import InputError, models
 from halfbyte.layers import Linear, ops, swap
-from halfbyte.models import blocks, roles, stacks, tied
+from halfbyte.models import blocks, loading, roles, stacks, tied
 from miniatures import EXPERTS, MINIATURES, OTHERS, folder, logits, make, quantized, theirs
 
 CAUSAL = ["llama", "llama-untied", "qwen2", "gemma3", "neox", "opt", "gpt2"]
@@ -329,3 +329,13 @@ def test_what_transformers_alone_can_take_apart_it_reads(tmp_path):
     models.save(loaded, tmp_path / "out")
     again = transformers.Dinov2ForImageClassification.from_pretrained(tmp_path / "out").eval()
     assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("name", [*loading.DTYPES, torch.float32, None])
+def test_dtypes_by_name(name):
+    assert models.parse_dtype(name) == loading.DTYPES.get(name, name)
+
+
+def test_another_dtype_is_refused():
+    with pytest.raises(InputError, match="int8"):
+        models.parse_dtype("int8")

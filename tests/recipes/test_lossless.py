@@ -8,7 +8,7 @@ from halfbyte.formats import FORMATS
 from halfbyte.kinds import KINDS
 from halfbyte.layers import Codes, weights
 from halfbyte.model import load
-from halfbyte.run import to_scheme
+from halfbyte.scheme import to_scheme
 from miniatures import bpe, folder, logits
 
 TEXT = [{"text": "a small text that is learnt by heart, twice over and once again"}] * 4

@@ -86,8 +86,8 @@ def targets(model: nn.Module, roles: Mapping[str, str], target_modules: str | li
         found = [n for n in names if any(n == t or n.endswith(f".{t}") for t in target_modules)]
         if unmet := [t for t in target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]:
             raise InputError(f"--target-modules: no layer is named {', '.join(unmet)}; {_endings(names)}.")
-    inside = tuple(f"{n}." for n in whole.kept(model))
-    found = [n for n in found if not f"{n}.".startswith(inside)]
+    inside = whole.inside(model)
+    found = [n for n in found if not inside(n)]
     if not found:
         raise InputError(f"--target-modules {target_modules!r} meets no linear layer; {_endings(names)}.")
     return found
@@ -145,7 +145,7 @@ def attach(
 
 def check_name(name: str) -> None:
     """Raises InputError for what cannot be an adapter's name: part of the names of tensors."""
-    if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict, name):
+    if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict(), name):
         raise InputError(f"an adapter cannot be named {name!r}: letters, digits, _ and - make a name.")
 
 
@@ -166,6 +166,16 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
         raise InputError(f"there is no adapter {name!r}; those are {', '.join(known) or 'none'}.")
     for w in weights(model).values():
         w.use(name)
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Takes away what there is of an adapter of that name; and of the last one the marks of modules trained whole."""
+    for w in weights(model).values():
+        for held in (w.adapters, w.waiting):
+            if name in held:
+                del held[name]
+    if not loaded(model):
+        whole.let_go(model)
 
 
 def attached(model: nn.Module) -> dict[str, Any]:

@@ -5,12 +5,12 @@ Their floats are the model's own, which are trained in place; what they were is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
 from halfbyte.errors import InputError
-from halfbyte.layers import Experts, Linear, ops
+from halfbyte.layers import Experts, Linear, ops, round_inputs_of_codes
 
 _MARK = "trained_whole"
 
@@ -31,6 +31,7 @@ def keep(model: nn.Module, endings: list[str]) -> list[str]:
         setattr(named[name], _MARK, True)
         for _, op in ops(named[name]):
             op.weight.dequantize()
+    round_inputs_of_codes(model)
     return met
 
 
@@ -58,6 +59,12 @@ def let_go(model: nn.Module) -> None:
         delattr(module, _MARK)
 
 
+def inside(model: nn.Module) -> Callable[[str], bool]:
+    """Tells of a name whether it is that of a marked module, or of what belongs to one."""
+    prefixes = tuple(f"{n}." for n in kept(model))
+    return lambda name: f"{name}.".startswith(prefixes)
+
+
 def requires_grad(model: nn.Module) -> None:
     """Has all weights of the marked modules trained."""
     for module in kept(model).values():
@@ -83,7 +90,8 @@ def load(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
         t = tensors[name].T if turned else tensors[name]
         if t.shape != p.shape or not t.is_floating_point():
             raise InputError(f"{where}: {name} is {t.dtype} of the shape {tuple(t.shape)}, not {tuple(p.shape)}.")
-        p.data.copy_(t)
+    for name, (p, turned) in there.items():  # once all fit
+        p.data.copy_(tensors[name].T if turned else tensors[name])
 
 
 def _parameters(module: nn.Module) -> list[tuple[str, nn.Parameter, bool]]:

@@ -90,7 +90,7 @@ class Demo:
 
     def measure(self, run: Any, stage: str, on_disk: Path | None = None) -> None:
         """Adds a row a data set to the ledger."""
-        from halfbyte.run import disk_bytes
+        from halfbyte.folders import disk_bytes
         from halfbyte.steps import Evaluate
 
         for name, records in self.heldout.items():

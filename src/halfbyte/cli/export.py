@@ -71,9 +71,9 @@ def command(
     from halfbyte import export
     from halfbyte.data import read_records
     from halfbyte.errors import InputError
-    from halfbyte.folders import check_free
+    from halfbyte.folders import check_free, disk_bytes
     from halfbyte.kinds import kind
-    from halfbyte.run import disk_bytes, parse_dtype
+    from halfbyte.models import parse_dtype
 
     if base is not None or without:
         raise InputError(f"{'--without' if base is None else '--base'} is of --to delta.")

@@ -23,7 +23,7 @@ def command(
         typer.Option(metavar="NAME=DIR", help="An adapter folder beside MODEL, under a name; several."),
     ] = None,
     use: Annotated[
-        str | None, typer.Option(help="The name of the adapter that answers; the first if left out.")
+        str | None, typer.Option(help="The name of the adapter that answers; the first of --adapter if left out.")
     ] = None,
     kv_cache: Annotated[str | None, typer.Option(help="Keep keys and values in a format: int8, q8_0.")] = None,
     dtype: Dtype = None,
@@ -52,8 +52,8 @@ def command(
     loaded = run.load(model, dtype, revision)
     for name, folder in named.items():
         named_adapters.load_adapter(loaded, folder, name)
-    if use is not None:
-        named_adapters.set_adapter(loaded, use)
+    if named:
+        named_adapters.set_adapter(loaded, use or next(iter(named)))
     tokenizer = loaded.needs_tokenizer
     torch.manual_seed(seed)
     if prompt is None:

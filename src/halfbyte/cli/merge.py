@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,8 +52,9 @@ def command(
     """Fold an adapter into its base, and measure the difference to the unmerged model."""
     from halfbyte import bases, export, run
     from halfbyte.errors import InputError
-    from halfbyte.folders import FILES, check_free, whole
-    from halfbyte.run import disk_bytes, to_scheme
+    from halfbyte.folders import FILES, check_free, disk_bytes, whole
+    from halfbyte.methods import merge_steps
+    from halfbyte.scheme import to_scheme
 
     check_free(output, overwrite, adapter, data, calibration, imatrix, base_model)
     if base not in (None, *_BASES):
@@ -60,7 +62,8 @@ def command(
     found = export.Found(solver, calibration, samples, imatrix=imatrix)
     if to is None and found.needs_model:
         raise InputError("--solver, --calibration and --imatrix are of a scheme to quantize to: add --to SCHEME.")
-    scheme = None if to is None else export.chosen(to) if output.suffix in FILES else to_scheme(to, group_size)
+    is_file = output.suffix in FILES
+    scheme = None if to is None else export.chosen(to) if is_file else to_scheme(to, group_size)
     own = bases.own(adapter, base_model)
     other = None if own is not None else base_model
     if base == "trained" and other is not None:
@@ -69,27 +72,33 @@ def command(
         )
     base = base or ("trained" if other is None else "original")
     merged = run.load(adapter, base=own)
-    if scheme is not None and output.suffix not in FILES:
+    if scheme is not None and not is_file:
         merged.holds(scheme)
     text = data or _recorded(merged.notes)
     settings = {} if to is None else {**vars(found), "on_block": progress("block")}
+
+    def fold(unmerged: Any, base: str, other: str | None) -> None:
+        for step in merge_steps(unmerged, scheme, base, model=other, **settings):
+            step(unmerged)
+        rounding = unmerged.notes.get("merge_rounding")
+        if to is None and not is_file and rounding and rounding["zero_points"] and not unmerged.holds_as_it_is():
+            raise InputError(
+                f"{adapter} merges into the zero points of its base's codes, which no folder layout holds: name the "
+                "output OUT.gguf or OUT.onnx, or say by --to what it is to be rounded to."
+            )
+
     tries: dict[str, dict[str, Any]] = {}
     if base == "both":
-        merged, base, tries = _better(adapter, own, merged, scheme, other, settings, text)
+        merged, base, tries = _better(adapter, own, merged, fold, other, text)
     else:
-        _fold(merged, scheme, base, other, settings)
+        fold(merged, base, other)
     rounding = merged.notes.get("merge_rounding")
     _say_rounding(rounding)
     name = output.resolve().name
-    if output.suffix in FILES:
+    if is_file:
         proof = None if no_verify else export.Proof(base=own)
         _to_file(adapter, merged, output, proof, overwrite, json, tries)
         return
-    if to is None and rounding and rounding["zero_points"] and not merged.holds_as_it_is():
-        raise InputError(
-            f"{adapter} merges into the zero points of its base's codes, which no folder layout holds: name the output "
-            "OUT.gguf or OUT.onnx, or say by --to what it is to be rounded to."
-        )
     with whole(output, overwrite) as partial:
         row: dict[str, Any] = {}
         merged.write(partial, name)
@@ -113,30 +122,24 @@ def command(
 _BASES = ("trained", "original", "both")
 
 
-def _fold(merged: Any, scheme: Any, base: str, other: str | None, settings: dict[str, Any]) -> None:
-    from halfbyte.methods import merge_steps
-
-    for step in merge_steps(merged, scheme, base, model=other, **settings):
-        step(merged)
-
-
 def _better(
-    adapter: str, own: str | None, trained: Any, scheme: Any, other: str | None, settings: dict[str, Any],
+    adapter: str, own: str | None, trained: Any, fold: Callable[[Any, str, str | None], None], other: str | None,
     text: str | None,
 ) -> tuple[Any, str, dict[str, dict[str, Any]]]:  # fmt: skip
-    """Merges into both bases and measures each against the unmerged model on text. Gives back the one with the lower
-    loss on it, which base that is, and the figures of each. Raises InputError where there is no text, or no second
-    base."""
+    """Merges into both bases by `fold`, then measures each against the unmerged model on text. Gives back the one with
+    the lower loss on it, which base that is, and the figures of each. Raises InputError where there is no text, or no
+    second base."""
     from halfbyte import bases, run
     from halfbyte.errors import InputError
 
     if text is None:
         raise InputError("--base both is decided on text, and the run's data is not where it was: add --data FILE.")
-    if (other := bases.other(trained, other)) is None:
-        raise InputError(f"--base both: {adapter} was trained on floats; name the other base by --base-model MODEL.")
+    other = bases.other(trained, other)
+    bases_of = {"trained": trained, "original": run.load(adapter, base=own)}
+    for base, merged in bases_of.items():
+        fold(merged, base, other if base == "original" else None)
     unmerged, best, tries = run.load(adapter, base=own), None, {}
-    for base, merged in (("trained", trained), ("original", run.load(adapter, base=own))):
-        _fold(merged, scheme, base, other if base == "original" else None, settings)
+    for base, merged in bases_of.items():
         row = tries[base] = _difference(merged, unmerged, text)
         where = "what it was trained on" if base == "trained" else other
         say(f"merged into {where}: loss {row['loss_difference']:+.5f} against unmerged, mean KL {row['kl_mean']:.3g}")
@@ -164,8 +167,8 @@ def _to_file(
 ) -> None:  # fmt: skip
     """The merged model as a file, read back by the program that it is for; the reference is the unmerged one."""
     from halfbyte import export
+    from halfbyte.folders import disk_bytes
     from halfbyte.kinds import kind
-    from halfbyte.run import disk_bytes
 
     target = kind(None, output)
     job = export.prepare(merged.loaded, target, None, False, say)

@@ -23,8 +23,7 @@ def command(
     from halfbyte import export, models, needs
     from halfbyte.containers import peft
     from halfbyte.plan import plan, totals
-    from halfbyte.run import to_scheme
-    from halfbyte.scheme import Mix
+    from halfbyte.scheme import Mix, to_scheme
     from halfbyte.solvers import solver as solver_named
     from halfbyte.steps.codes import ROWS
 

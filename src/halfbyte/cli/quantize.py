@@ -74,8 +74,8 @@ def command(
     """Quantize a model after training: into a folder, or a file such as OUT.gguf."""
     from halfbyte import export, solvers
     from halfbyte.cli.target import Target, choose, wanted
-    from halfbyte.folders import FILES, begin, check_free, finished
-    from halfbyte.run import disk_bytes, to_scheme
+    from halfbyte.folders import FILES, begin, check_free, disk_bytes, finished
+    from halfbyte.scheme import to_scheme
 
     if resume and finished(output, overwrite):
         say(f"{output} is finished; nothing to do.")
@@ -204,8 +204,9 @@ def _to_file(
     from halfbyte import export, solvers
     from halfbyte.folders import CHECKPOINT, begin
     from halfbyte.kinds import kind
+    from halfbyte.models import parse_dtype
     from halfbyte.plan import plan, totals
-    from halfbyte.run import Run, parse_dtype
+    from halfbyte.run import Run
 
     target = kind(None, output)
     loaded = export.read(model, parse_dtype(dtype), revision)

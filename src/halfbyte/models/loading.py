@@ -24,6 +24,8 @@ from halfbyte.models.checkpoint import Checkpoint, Folder, Slice, check_dtype
 from halfbyte.models.names import Names
 
 _GENERATION = "generation_config.json"
+DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+          "float16": torch.float16, "fp16": torch.float16}  # fmt: skip
 
 
 @dataclass
@@ -65,6 +67,15 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
         return Path(huggingface_hub.snapshot_download(str(source), revision=revision, allow_patterns=patterns))
     except Exception as e:
         raise InputError(f"{source}: no such folder here, and the hub did not give it: {reason(e)}") from None
+
+
+def parse_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    """Raises InputError for a dtype that is not one to compute in."""
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise InputError(f"--dtype {name}: it is float32, bfloat16 or float16.")
+    return DTYPES[name]
 
 
 def sha256(path: Path) -> str:

@@ -10,7 +10,8 @@ from pydantic import model_validator
 
 from halfbyte import adapters, calibrate, data, evaluate, layers, models, observe, plan, self_samples
 from halfbyte.errors import InputError
-from halfbyte.run import Run, check_static, dequantize, freeze, to_scheme
+from halfbyte.run import Run, dequantize, freeze
+from halfbyte.scheme import check_static, to_scheme
 from halfbyte.solvers import solver
 from halfbyte.steps.step import Positive, Step, is_word, pad_id, read
 from halfbyte.transforms import Target, transform
@@ -171,6 +172,7 @@ class Freeze(Calibrated):
                     if run.log is not None and run.notes.get("trained") == "stored":
                         run.masters[name] = w.base().detach().clone()
                     w.freeze()
+            run.let_go()
             run.notes["stored"] = run.notes.pop("grid", None)
             return
         chosen, by = to_scheme(self.scheme, self.group_size), solver(self.solver)

@@ -9,8 +9,9 @@ from pydantic import model_validator
 
 from halfbyte import data, evaluate, kv_cache, self_samples
 from halfbyte.errors import InputError
+from halfbyte.folders import disk_bytes
 from halfbyte.formats import Format
-from halfbyte.run import Run, disk_bytes, load
+from halfbyte.run import Run, load
 from halfbyte.steps.step import Positive, Step, check_length, is_word, read
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from halfbyte import adapters, data, evaluate, layers, resume
 from halfbyte.distill import Distillation, Remembered, asked
 from halfbyte.errors import InputError
-from halfbyte.run import Run
+from halfbyte.run import FORM, Run
 from halfbyte.steps.step import Positive, Step, check_length, pad_id, read
 from halfbyte.steps.trained import settle, sleep, trainable
 from halfbyte.train import Pace, TrainingArguments, loss_sum, matrices_decay, train
@@ -84,7 +84,9 @@ class Train(Step):
         if self.on_start:
             self.on_start(rows, held, args, what)
         notes = {
-            "base_sha256": run.loaded.sha256, "dtype": str(run.loaded.config.dtype).removeprefix("torch."),
+            "base_sha256": run.loaded.sha256,
+            "dtype": (any(map(run.notes.get, FORM)) and run.notes.get("dtype"))
+            or str(run.loaded.config.dtype).removeprefix("torch."),
             "data_sha256": rows.sha256, "data_kind": rows.kind, "data_tokens": rows.tokens, "trained": what,
             "adapter": run.notes.get("adapter"),
             "training": {**vars(args), **{k: getattr(self, k) for k in _OWN}, "seed": run.seed},

@@ -14,7 +14,8 @@ from torch import Tensor
 from halfbyte import adapters, bases, calibrate, layers, models
 from halfbyte.containers.peft import check_pattern
 from halfbyte.errors import InputError
-from halfbyte.run import Run, attach_from, dequantize, load, see_through, sharing, to_scheme
+from halfbyte.run import Run, attach_from, dequantize, load, see_through, sharing
+from halfbyte.scheme import to_scheme
 from halfbyte.steps.codes import Calibrated
 from halfbyte.steps.step import Step, is_word
 
@@ -206,19 +207,17 @@ class Merge(Step):
             raise InputError(f"--base {self.base}: it is trained or original.")
         if not adapters.attached(run.model):
             raise InputError(f"{run.loaded.source} has no adapter to merge.")
-        if self.base == "original" and (other := bases.other(run, self.model)) is not None:
-            bases.put(run, other)
+        if self.base == "original":
+            bases.put(run, bases.other(run, self.model))
         held = [w for w in layers.weights(run.model).values() if w.adapters]
         largest, total = zip(*(_folded(w) for w in held), strict=True)
-        adapters.whole.let_go(run.model)
+        run.let_go()
         shifted = sum(isinstance(w.stored, layers.Codes) for w in held)
         if not shifted and not run.holds_as_it_is():  # a base from a file of another kind: the result is 16-bit
             dequantize(run)
+        layers.round_inputs_of_codes(run.model)
         run.notes.pop("stored", None)
         run.notes["merged"] = self.base
-        run.waiting.clear()  # they were trained beside what was there before
-        for w in layers.weights(run.model).values():
-            w.waiting.clear()
         if not any(w.grid is not None for w in held):  # through one, rounding was trained
             mean = sum(total) / sum(w.shape.numel() for w in held)
             run.notes["merge_rounding"] = {"largest": max(largest), "mean": mean, "zero_points": shifted}
