@@ -163,6 +163,7 @@ class Masters:
 
 
 PaceOf = Callable[[str, nn.Parameter], Pace]
+LossOf = Callable[[nn.Module, Batch], Tensor]  # of a batch the sum over its targets
 
 
 def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
@@ -176,7 +177,7 @@ def train(
     stream: Iterator[Batch],
     args: TrainingArguments,
     *,
-    loss_of: Callable[[nn.Module, Batch], Tensor] = loss_sum,
+    loss_of: LossOf = loss_sum,
     pace: PaceOf = matrices_decay,
     begun: State | None = None,
     on_step: Callable[[dict[str, float]], None] = lambda row: None,

@@ -220,7 +220,7 @@ class Weight(nn.Module):
         """stored as a float tensor; differentiable where it is trained."""
         if not isinstance(self.stored, Codes):
             return self.stored
-        return self.stored.q.dequantize() if self.stored.learned else kernels.dequantize(self.stored.q)
+        return kernels.dequantize(self.stored.q)
 
     def sum(self) -> Tensor:
         """stored + adapters, added in float32 and rounded once to the weight's dtype."""

@@ -58,6 +58,7 @@ def command(
     warmup_ratio: float = 0.03,
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Products in bfloat16, for models in float32.")] = False,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, a third more time.")] = False,
     seed: int = 0,
     r: Annotated[int, typer.Option("--r", help="The rank of LoRA.")] = 16,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from halfbyte.formats import Format, parse
 from halfbyte.kernels import compiled, cpu, elementwise, products, reference
 from halfbyte.kernels.search import SEARCHES
 from halfbyte.kernels.search import qparams as _qparams
-from halfbyte.qtensor import QParams, QTensor
+from halfbyte.qtensor import QParams, QTensor, grouped
 
 __all__ = [
     "SEARCHES",
@@ -50,7 +51,12 @@ def quantize(w: Tensor, format: str | Format, qparams: QParams | None = None) ->
 
 
 def dequantize(q: QTensor) -> Tensor:
-    """The tensor q stands for, in the dtype of its source."""
+    """The tensor q stands for, in the dtype of its source; differentiable in scales, and zeros that are added, which
+    require a gradient."""
+    scale, zero = q.parts["scale"], q.parts.get("zero")
+    learned = [t for t in (scale, zero) if isinstance(t, Tensor) and t.requires_grad]
+    if learned and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _Dequantize.apply(scale, zero, q)  # pyright: ignore[reportReturnType]
     if isinstance(q.laid_out, cpu.Tiled) and cpu.on and q.dtype in cpu.DTYPES:
         return q.laid_out.dequantize(q.dtype)
     return elementwise.dequantize(q) if _fast("dequantize", q) else q.dequantize()
@@ -92,6 +98,28 @@ def linear(x: Tensor | QTensor, q: QTensor, bias: Tensor | None = None) -> Tenso
 def linear_grad(dy: Tensor, q: QTensor) -> Tensor:
     """dy (..., out) times q (out, in): the gradient that `linear` passes to x."""
     return products.linear_grad(dy, q)
+
+
+class _Dequantize(torch.autograd.Function):
+    """w = s v + z, of which nothing is kept but the codes: ds = sum of v dw over a group, dz = sum of dw."""
+
+    @staticmethod
+    def forward(ctx, scale: Tensor, zero: Tensor | None, q: QTensor) -> Tensor:
+        ctx.q = q
+        with torch.no_grad():
+            return dequantize(q)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        q = ctx.q
+        scale, zero = q.parts["scale"], q.parts.get("zero")
+        added = q.format.zero not in (None, "integer")
+        ones = {"scale": torch.ones_like(scale), **({"zero": torch.zeros_like(zero)} if added else {})}
+        values = dequantize(replace(q.with_tensors({**q.tensors(), **ones}), dtype=torch.float32))
+        rows = grouped(grad.float(), q.format)
+        dscale = (rows * grouped(values, q.format)).sum(1).reshape(scale.shape).to(scale.dtype)
+        dzero = rows.sum(1).reshape(zero.shape).to(zero.dtype) if added else None
+        return dscale, dzero, None
 
 
 class _Linear(torch.autograd.Function):

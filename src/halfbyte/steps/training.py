@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from halfbyte import adapters, data, evaluate, layers, resume
 from halfbyte.distill import Distillation, Remembered, asked
@@ -19,12 +19,12 @@ from halfbyte.errors import InputError
 from halfbyte.run import FORM, Run
 from halfbyte.steps.step import Positive, Step, check_length, pad_id, read
 from halfbyte.steps.trained import settle, sleep, trainable
-from halfbyte.train import Pace, TrainingArguments, loss_sum, matrices_decay, train
+from halfbyte.train import LossOf, Pace, TrainingArguments, loss_sum, matrices_decay, train
 
 SHARES = {"kl": 1.0, "both": 0.5}  # of the divergence in a loss
 ENCODING = ("max_length", "packing", "completion_only_loss", "assistant_only_loss")  # how records become rows
 _OWN = (*ENCODING, "eval_split", "batch_size", "loss", "scale_lr_ratio", "loraplus_lr_ratio", "norms",
-        "fake_quant_after_n_steps")  # fmt: skip
+        "fake_quant_after_n_steps", "bf16")  # fmt: skip
 _BEGUN_FROM = ("grid", "grid_search", "stored", "solver", "teacher")  # notes of the steps before
 LEARNING_RATES = {"adapters": 2e-4, "stored": 2e-5, "qat": 1e-5, "scales": 1e-4}
 
@@ -40,7 +40,8 @@ class Train(Step):
     scale_lr_ratio, loraplus_lr_ratio: the learning rates of scales and zeros, where other parameters are trained with
     them, and of LoRA's B (LoRA+, arXiv:2402.12354), over learning_rate. norms: whether norms are trained beside scales.
     fake_quant_after_n_steps: steps in which nothing is seen through its grid yet. cache_teacher: whether the teacher is
-    run once, its last hidden states kept on disk beside the output and its head run on them in every step.
+    run once, its last hidden states kept on disk beside the output and its head run on them in every step. bf16:
+    whether products are computed in bfloat16 (torch.autocast) where the model is in float32; what is trained stays so.
     """
 
     data: Any
@@ -58,6 +59,7 @@ class Train(Step):
     norms: bool = False
     fake_quant_after_n_steps: Annotated[int, Field(ge=0)] = 0
     cache_teacher: bool = False
+    bf16: bool = False
     lr_scheduler_type: str = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -103,7 +105,7 @@ class Train(Step):
                 run.model,
                 self._stream(rows, run, done),
                 args,
-                loss_of=self._loss(run, rows, args, states),
+                loss_of=self._in_bf16(self._loss(run, rows, args, states)),
                 pace=self._pace,
                 begun=begun,
                 on_step=lambda row: self._after(run.model, row),
@@ -155,7 +157,7 @@ class Train(Step):
         that cannot be encoded."""
         return _held_out_loss(run.model, self._encode(records, run))
 
-    def _loss(self, run: Run, rows: data.Dataset, args: TrainingArguments, folder: Path) -> Any:
+    def _loss(self, run: Run, rows: data.Dataset, args: TrainingArguments, folder: Path) -> LossOf:
         """folder: for what is kept of the teacher."""
         if self.loss == "ce":
             return loss_sum
@@ -170,6 +172,16 @@ class Train(Step):
         kept = Remembered(run.teacher, head, islice(self._stream(rows, run), once), folder / "states")
         run.teacher = None  # of which the head is left
         return Distillation(kept, SHARES[self.loss])
+
+    def _in_bf16(self, loss_of: LossOf) -> LossOf:
+        if not self.bf16:
+            return loss_of
+
+        def loss(model: nn.Module, batch: data.Batch) -> Tensor:
+            with torch.autocast(batch.input_ids.device.type, torch.bfloat16):
+                return loss_of(model, batch)
+
+        return loss
 
     def _records(self, run: Run) -> tuple[Any, Any]:
         """What is trained on, and what is held out, if anything is: records, or an encoded Dataset."""
