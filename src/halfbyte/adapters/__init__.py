@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from halfbyte.adapters import starts, whole
 from halfbyte.adapters.dora import Dora
+from halfbyte.adapters.folder import check_folder, fill
+from halfbyte.adapters.fused import apart, join, split
 from halfbyte.adapters.lora import Lora, LowRank
+from halfbyte.adapters.patterns import PATTERNS, own, unmet
 from halfbyte.adapters.qalora import QaLora, check_group_size, group_size
 from halfbyte.adapters.starts import start
-from halfbyte.containers.peft import meets
 from halfbyte.errors import InputError
 from halfbyte.layers import Embedding, Linear, Weight, ops, weights
 
@@ -74,12 +76,12 @@ _TYPES = {"r": ((int,), "a whole number"), "lora_alpha": _NUMBER, "lora_dropout"
           "use_dora": _SWITCH, "use_qalora": _SWITCH}  # fmt: skip
 
 
-__all__ = ["ADAPTERS", "DEFAULTS", "NAME", "PATTERNS", "Adapter", "attach", "attached", "check", "fitting", "lora",
-           "own", "settings", "start", "targets", "unmet", "whole"]  # fmt: skip
+__all__ = ["ADAPTERS", "DEFAULTS", "NAME", "PATTERNS", "Adapter", "apart", "attach", "attached", "check",
+           "check_folder", "fill", "fitting", "join", "lora", "own", "settings", "split", "start", "targets", "unmet",
+           "whole"]  # fmt: skip
 
 ADAPTERS: dict[str, Callable[..., nn.Module]] = {"lora": lora}
 NAME = "default"  # PEFT's name for the only adapter
-PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}  # settings by layer, of what all others have one of
 DEFAULTS: dict[str, Any] = {  # of a LoRA that nothing is said of
     name: p.default
     for make in (LowRank, lora)
@@ -113,21 +115,6 @@ def targets(model: nn.Module, roles: Mapping[str, str], target_modules: str | li
 
 def _endings(names: list[str]) -> str:
     return f"this model has {', '.join(sorted({n.rpartition('.')[2] for n in names}))}"
-
-
-def own(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The settings of one layer: of PEFT's rank_pattern and alpha_pattern the first row whose key meets its name."""
-    out = {k: v for k, v in settings.items() if k not in PATTERNS}
-    for pattern, key in PATTERNS.items():
-        if found := [v for k, v in (settings.get(pattern) or {}).items() if meets(k, name)]:
-            out[key] = found[0]
-    return out
-
-
-def unmet(settings: Mapping[str, Any], names: list[str]) -> str | None:
-    """A key of the patterns that meets no layer of these."""
-    keys = [k for pattern in PATTERNS for k in settings.get(pattern) or {}]
-    return next((k for k in keys if not any(meets(k, n) for n in names)), None)
 
 
 def fitting(model: nn.Module, names: list[str], **settings: Any) -> dict[str, Weight]:

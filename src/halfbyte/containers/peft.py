@@ -39,6 +39,7 @@ _EMBEDDING = {"embedding_A": "lora_B.weight", "embedding_B": "lora_A.weight"}
 _QUANTIFIERS = 4  # of a regular expression that names layers
 _KEYS, _LONGEST, _CHOICES = 4096, 300, 128  # of a pattern: keys, characters of one, quantifiers and bars of all
 _PATTERNS = ("rank_pattern", "alpha_pattern")
+_LISTS = ("modules_to_save", "target_parameters")
 
 
 def write(
@@ -48,24 +49,41 @@ def write(
 ) -> None:  # fmt: skip
     """adapters: op's name -> tensors by PEFT's names. linear_names: all linear layers of the model, to tell
     whether the short endings that PEFT users expect in target_modules meet just these. saved: parameter's name ->
-    tensor of the modules that settings name as modules_to_save."""
-    endings = sorted({n.rpartition(".")[2] for n in adapters})
+    tensor of the modules that settings name as modules_to_save. Those that settings name as target_parameters have
+    adapters by the parameter's name."""
+    parameters = settings.get("target_parameters") or []
+    modules = sorted(adapters.keys() - set(parameters))
+    endings = sorted({n.rpartition(".")[2] for n in modules})
     met = [n for n in linear_names if n.rpartition(".")[2] in endings]
     config = {
         **_NEUTRAL,
         **{key: {} for key in _PATTERNS},
         **settings,
         "base_model_name_or_path": base,
-        "target_modules": endings if sorted(met) == sorted(adapters) else sorted(adapters),
+        "target_modules": endings if sorted(met) == modules else modules,
         "task_type": task_type,
         "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    flat = {f"{_PREFIX}{n}.{key}": t.cpu().contiguous() for n, ts in adapters.items() for key, t in ts.items()}
+    wrapped = {name: w for w, name in wrappers(parameters).items()}
+    flat = {
+        f"{_PREFIX}{wrapped.get(n, n)}.{key}": t.cpu().contiguous()
+        for n, ts in adapters.items()
+        for key, t in ts.items()
+    }
     flat |= {f"{_PREFIX}{n}": t.cpu() for n, t in saved.items()}
     save_file(flat, str(folder / WEIGHTS), metadata={"format": "pt"})
+
+
+def wrappers(parameters: list[str]) -> dict[str, str]:
+    """What PEFT calls the wrapper of a parameter, by which its tensors are named -> the parameter's full name. Those of
+    one module are around each other, in the order in which it has them."""
+    by_module: dict[str, list[str]] = {}
+    for name in parameters:
+        by_module.setdefault(name.rpartition(".")[0], []).append(name)
+    return {m + ".base_layer" * i: n for m, names in by_module.items() for i, n in enumerate(reversed(names))}
 
 
 def read(folder: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
@@ -87,7 +105,7 @@ def read(folder: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, Tensor]
 def _settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Those that change what the adapter computes."""
     for key, value in config.items():
-        if key in _SILENT or key in _SETTINGS or key in _PATTERNS or key == "modules_to_save":
+        if key in _SILENT or key in _SETTINGS or key in _PATTERNS or key in _LISTS:
             continue
         if key == "init_lora_weights" and value in (*_STARTS, *_RESIDUAL):
             continue
@@ -102,10 +120,12 @@ def _settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     settings |= {k: check_pattern(config[k], k, where) for k in _PATTERNS if config.get(k)}
     if (begin := config.get("init_lora_weights")) in _RESIDUAL:
         settings["init_lora_weights"] = begin
-    whole = config.get("modules_to_save") or []
-    if not isinstance(whole, list) or not all(isinstance(n, str) and n for n in whole):
-        raise InputError(f"{where}modules_to_save should be a list of names.")
-    return {**settings, "modules_to_save": whole} if whole else settings
+    for key in _LISTS:
+        names = config.get(key) or []
+        if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+            raise InputError(f"{where}{key} should be a list of names.")
+        settings |= {key: names} if names else {}
+    return settings
 
 
 def _tensors(file: Path, settings: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
