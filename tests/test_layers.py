@@ -8,6 +8,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from halfbyte import kernels
+from halfbyte.adapters import lora
 from halfbyte.errors import InputError
 from halfbyte.formats import FORMATS
 from halfbyte.layers import Codes, Embedding, Grid, Linear, Weight, ops, swap, weights
@@ -535,6 +536,25 @@ def test_embeddings_give_the_rows_of_the_value(name):
     assert (op.num_embeddings, op.embedding_dim) == (20, n)
     op.weight.adapters["a"] = LowRank(op.weight)
     assert torch.equal(op(ids), op.weight.value()[ids])
+
+
+@pytest.mark.parametrize("name", ["int8-channel", "int4-g32", "nf4-g64", "q4_k"])
+def test_beside_codes_an_adapted_embedding_makes_floats_of_the_rows_alone(name, monkeypatch):
+    op, made = Embedding(Weight(Codes(kernels.quantize(torch.randn(300, 256), name)))), []
+    op.weight.adapters["a"] = lora(op.weight, r=2, looked_up=True)
+    nn.init.normal_(op.weight.adapters["a"].lora_B)
+    ids = torch.tensor([[3, 3, 0], [19, 7, 1]])
+    wanted, dequantize = op.weight.value()[ids], kernels.dequantize
+    monkeypatch.setattr(kernels, "dequantize", lambda q: made.append(q.shape) or dequantize(q))
+    torch.testing.assert_close(op(ids), wanted)
+    assert made == [(2, 3, 256)]
+
+
+def test_the_scales_of_an_embeddings_codes_are_trained_by_its_rows():
+    op = Embedding(Weight(Codes(kernels.quantize(torch.randn(20, 64), "int4-g32"), learn=True)))
+    op(torch.tensor([3, 7])).square().sum().backward()
+    grad = op.weight.stored.scale.grad
+    assert grad.reshape(20, -1).any(1).nonzero().flatten().tolist() == [3, 7]
 
 
 @pytest.mark.parametrize("name", ["int8-channel", "nf4-g64-dq"])

@@ -111,19 +111,23 @@ class Embedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         w = self.weight
         added: list[Any] = [a for a in w.adapters.values() if hasattr(a, "rows")] if w.grid is None else []
-        if len(added) < len(w.adapters) or (w.grid is not None and self.training) or not self._rows_alone():
-            y = F.embedding(ids, w.value(), self.padding_idx)
-            added = []
-        elif w.format is None:
-            y = F.embedding(ids, w.base(), self.padding_idx)
+        if len(added) < len(w.adapters) or (w.grid is not None and self.training):
+            y, added = F.embedding(ids, w.value(), self.padding_idx), []
+        elif (q := self._codes()) is not None and q.has_rows:
+            learned = isinstance(w.stored, Codes) and w.stored.learned
+            y = q.rows(ids).dequantize() if learned else kernels.dequantize(q.rows(ids))
         else:
-            y = kernels.dequantize(w.frozen().rows(ids))
+            y = F.embedding(ids, w.base() if w.grid is None else w.value(), self.padding_idx)
         for adapter in added:
             y = adapter.rows(ids, y)
         return y if self.embed_scale is None else y * self.embed_scale.to(y.dtype)
 
-    def _rows_alone(self) -> bool:
-        return self.weight.format is None or self.weight.frozen().has_rows
+    def _codes(self) -> QTensor | None:
+        """The codes that rows are looked up in, beside which the adapters are."""
+        w = self.weight
+        if w.grid is not None:
+            return w.frozen()
+        return w.stored.q if isinstance(w.stored, Codes) else None
 
 
 Op = Linear | Embedding | Conv

@@ -96,6 +96,7 @@ class Run:
     def write(self, folder: Path, name: str) -> None:
         """The result, into an existing folder that will be called `name`: an adapter folder as PEFT's while
         adapters are unmerged, else a model folder; with notes, ledger and model card. Raises InputError."""
+        self.notes.pop("peft", None)
         if adapters.attached(self.model):
             self._write_adapter(folder)
         else:
@@ -128,8 +129,8 @@ class Run:
         write_card(folder, name, self.loaded, self.notes, self.rows)
 
     def _write_adapter(self, folder: Path) -> None:
-        found = adapters.attached(self.model)
-        settings = adapters.settings(found)
+        found, parameters = adapters.join(self.model, adapters.attached(self.model))
+        settings = {**adapters.settings(found), "target_parameters": parameters or None}
         if self.notes.get("calibrated"):
             raise InputError(
                 "the adapter's base are codes that calibration found: save them as a model before adapting."
@@ -145,6 +146,11 @@ class Run:
         saved = adapters.whole.state(self.model)
         settings |= {"modules_to_save": list(adapters.whole.kept(self.model)) or None}
         peft.write(folder, states, settings, base, linear, fan_in_fan_out=turned, saved=saved)
+        if apart := adapters.apart(self.model, found):
+            self.notes["peft"] = (
+                f"PEFT may not load this folder, which halfbyte does: {apart[0]} is an adapter of a single expert, and "
+                "PEFT has one for all, of one rank, without DoRA, QA-LoRA and dropout."
+            )
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
         if getattr(self.model, "generation_config", None) is not None:
@@ -280,42 +286,20 @@ def attach_from(run: Run, path: Path, called: str = adapters.NAME) -> None:
     halfbyte recorded), or the model lacks one of its layers, or a shape differs."""
     _, settings, states, saved = peft.read(path)
     check_base(run, path)
-    by_name = dict(ops(run.model))
-    if missing := [n for n in states if not isinstance(by_name.get(n), Linear | Embedding)]:
-        raise InputError(f"{path}: the model {run.loaded.source} has no linear layer {missing[0]!r}.")
-    for name, given in {n: saved.pop(n) for n in list(saved) if n.endswith(peft.BASE)}.items():
-        op = by_name.get(name.removesuffix(peft.BASE))  # PEFT saves an adapted embedding's own weight too
-        if op is None or op.weight.shape != given.shape or not torch.equal(given.to(op.weight.dtype), op.weight.base()):
-            raise InputError(f"{path}: {name} is another than the base's own: merge the adapter by PEFT.")
-    for name, state in states.items():  # before memory is taken for a rank that a config names
-        a = state["lora_A.weight"]
-        if a.ndim != 2 or len(a) < (r := adapters.own(settings, name)["r"]):
-            raise InputError(f"{path}: {name}.lora_A has the shape {tuple(a.shape)}, and not the rank {r}.")
-    moves = settings.get("init_lora_weights", True) is not True
-    if moves and any(isinstance(w.stored, Codes) for w in weights(run.model).values()):
-        raise InputError(
-            f"{path}: its init_lora_weights, {settings['init_lora_weights']}, takes a part out of the base, which this "
-            "one, of codes, is not beside it: have PEFT save it converted (path_initial_model_for_weight_conversion)."
-        )
-    whole = settings.pop("modules_to_save", None)
-    if adapters.loaded(run.model) and (whole or adapters.whole.kept(run.model)):
-        raise InputError(
-            f"{path}: modules_to_save change the base that other adapters stand beside: load it by itself."
-        )
-    if whole:
-        adapters.whole.keep(run.model, whole)
-        adapters.whole.load(run.model, saved, str(path))
-    for name, weight in adapters.attach(run.model, list(states), "lora", called, **settings).items():
-        adapter: Any = weight.adapters[called]
-        for key, value in states[name].items():
-            p = getattr(adapter, key.removesuffix(".weight"))
-            if p.shape != value.shape:
-                raise InputError(f"{path}: {name}.{key} has the shape {tuple(value.shape)}, not {tuple(p.shape)}.")
-            p.data.copy_(value)
+    try:
+        adapters.check(settings)
+        states, settings = adapters.split(run.model, states, settings)
+        adapters.check_folder(run.model, settings, states, saved)
+        if whole := settings.get("modules_to_save"):
+            adapters.whole.keep(run.model, whole)
+            adapters.whole.load(run.model, saved, "modules_to_save")
+        own = {k: v for k, v in settings.items() if k != "modules_to_save"}
+        adapters.fill(adapters.attach(run.model, list(states), "lora", called, **own), states, called)
+    except InputError as e:
+        raise InputError(f"{path}: {e}") from None
     run.model.eval()
     run.files = [run.loaded.path, path]
-    saved_whole = {"modules_to_save": whole} if whole else {}
-    run.notes = {**run.notes, "adapter": {"adapter": "lora", **settings, **saved_whole}}
+    run.notes = {**run.notes, "adapter": {"adapter": "lora", **settings}}
 
 
 def see_through(run: Run, chosen: Scheme | Mix, how: str | None = None) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from halfbyte import FORMATS, InputError, adapters, models, run
 from halfbyte.adapters.lora import Lora
 from halfbyte.layers import Grid, Linear, Weight, ops, swap
+from halfbyte.recipe import parse_recipe
 from halfbyte.steps import Adapt, trainable
 from miniatures import folder, logits, make, quantized
 
@@ -154,3 +155,25 @@ def test_an_embedding_gets_one_where_it_is_named():
     model = swap(make("llama-untied"))
     assert names(model, ["embed_tokens"]) == ["model.embed_tokens"]
     assert not [n for n in names(model, "all-linear") if "embed" in n]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"r": "8", "init_lora_weights": "orthogonal"}, "adapt: r: it is a whole number, not '8'"),
+        ({"r": 8.0}, "r: it is a whole number"),
+        ({"r": True}, "r: it is a whole number"),
+        ({"lora_alpha": "8"}, "lora_alpha: it is a number"),
+        ({"lora_dropout": [0.5]}, "lora_dropout: it is a number"),
+        ({"use_dora": "yes"}, "use_dora: it is true or false"),
+        ({"use_rslora": 1}, "use_rslora: it is true or false"),
+        ({"init_lora_weights": []}, "it is true"),
+        ({"rank_pattern": {"q_proj": "8"}, "init_lora_weights": "orthogonal"}, "rank_pattern should give"),
+        ({"rank_pattern": {3: 8}}, "3 is no layer's name"),
+    ],
+)
+def test_settings_of_a_wrong_type_are_refused_before_a_model_is_read(settings, says):
+    with pytest.raises(InputError, match=says):
+        parse_recipe({"model": "no/such", "steps": [{"adapt": settings}]})
+    with pytest.raises(InputError):
+        parse_recipe({"model": "no/such", "method": "lora", "train": {"data": "x.jsonl"}, "adapt": settings})

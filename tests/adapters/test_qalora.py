@@ -283,6 +283,14 @@ def test_symmetric_codes_that_are_there_are_refused(tmp_path):
         attach(made.model, ["model.layers.0.self_attn.q_proj"], use_qalora=True)
 
 
+def test_groups_that_no_zero_point_takes_in_are_refused(tmp_path):
+    base = folder(tmp_path / "base", words=True)
+    path = load(base).quantize("uint4-g64").save(tmp_path / "codes")
+    with pytest.raises(InputError, match=r"qalora_group_size 32: the codes of .* have groups of 64"):
+        trained(path, qalora_group_size=32)
+    assert trained(path, qalora_group_size=64).merge().notes["merge_rounding"]["zero_points"] == 14
+
+
 def test_dora_does_not_go_with_it():
     with pytest.raises(InputError, match="no zero point takes in"):
         method_steps("qa-lora", None, SHORT, {"use_dora": True})

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from halfbyte import FORMATS, InputError, adapters, kernels, models, run
+from halfbyte import FORMATS, InputError, adapters, calibrate, kernels, models, run
 from halfbyte.adapters import attached
 from halfbyte.adapters.lora import Lora
 from halfbyte.adapters.starts import STARTS, start
@@ -288,6 +288,23 @@ def test_orthogonal_refuses_an_odd_rank(settings):
 def test_more_directions_than_there_are_are_refused(name):
     with pytest.raises(InputError, match="--r 49 is more than the 48"):
         Lora(weight(), r=49, init_lora_weights=name)
+
+
+@pytest.mark.parametrize("name", ["pissa", "olora", "eva"])
+def test_they_are_refused_before_there_is_an_adapter_or_a_pass_over_text(tmp_path, name, monkeypatch):
+    made = run.load(folder(tmp_path / "base", words=True))
+    monkeypatch.setattr(calibrate, "inputs", None)
+    with pytest.raises(InputError, match="--r 65 is more than the 64 directions of a layer of 64 inputs"):
+        Adapt(init_lora_weights=name, calibration=TEXT, rank_pattern={"layers.1.self_attn.o_proj": 65})(made)
+    assert not attached(made.model)
+
+
+@pytest.mark.parametrize("name", [[], {}, 1, 0, False, None, "no such"])
+def test_what_is_no_start_is_refused(name):
+    with pytest.raises(InputError, match=r"--init-lora-weights .*: it is true"):
+        start(name)
+    with pytest.raises(InputError, match=r"--init-lora-weights .*: it is true"):
+        Adapt(init_lora_weights=name)
 
 
 def test_every_row_says_what_it_is():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -11,8 +13,11 @@ from torch import Tensor, nn
 
 from halfbyte.adapters import starts, whole
 from halfbyte.adapters.dora import Dora
-from halfbyte.adapters.lora import Lora
-from halfbyte.adapters.qalora import QaLora, group_size
+from halfbyte.adapters.folder import check_folder, fill
+from halfbyte.adapters.fused import apart, join, split
+from halfbyte.adapters.lora import Lora, LowRank
+from halfbyte.adapters.patterns import PATTERNS, own, unmet
+from halfbyte.adapters.qalora import QaLora, check_group_size, group_size
 from halfbyte.adapters.starts import start
 from halfbyte.errors import InputError
 from halfbyte.layers import Embedding, Linear, Weight, ops, weights
@@ -46,7 +51,11 @@ class Adapter(Protocol):
 
 
 def check(settings: Mapping[str, Any]) -> None:
-    """Raises InputError for settings that do not go together, before there is a weight to adapt."""
+    """Raises InputError for settings of a wrong type, and for those that do not go together, before there is a weight
+    to adapt."""
+    for key, (types, said) in _TYPES.items():
+        if key in settings and type(settings[key]) not in types:
+            raise InputError(f"{key}: it is {said}, not {reprlib.repr(settings[key])}.")
     if settings.get("use_dora") and settings.get("use_qalora"):
         raise InputError("use_dora with use_qalora: DoRA scales whole rows, which no zero point takes in; choose one.")
     begins = settings.get("init_lora_weights", True)
@@ -62,12 +71,23 @@ def lora(weight: Weight, use_dora: bool = False, use_qalora: bool = False, **set
     return (QaLora if use_qalora else Dora if use_dora else Lora)(weight, **settings)
 
 
-__all__ = ["ADAPTERS", "NAME", "PATTERNS", "Adapter", "attach", "attached", "check", "lora", "own", "settings", "start",
-           "targets", "unmet", "whole"]  # fmt: skip
+_NUMBER, _SWITCH = ((int, float), "a number"), ((bool,), "true or false")
+_TYPES = {"r": ((int,), "a whole number"), "lora_alpha": _NUMBER, "lora_dropout": _NUMBER, "use_rslora": _SWITCH,
+          "use_dora": _SWITCH, "use_qalora": _SWITCH}  # fmt: skip
+
+
+__all__ = ["ADAPTERS", "DEFAULTS", "NAME", "PATTERNS", "Adapter", "apart", "attach", "attached", "check",
+           "check_folder", "fill", "fitting", "join", "lora", "own", "settings", "split", "start", "targets", "unmet",
+           "whole"]  # fmt: skip
 
 ADAPTERS: dict[str, Callable[..., nn.Module]] = {"lora": lora}
 NAME = "default"  # PEFT's name for the only adapter
-PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}  # settings by layer, of what all others have one of
+DEFAULTS: dict[str, Any] = {  # of a LoRA that nothing is said of
+    name: p.default
+    for make in (LowRank, lora)
+    for name, p in inspect.signature(make).parameters.items()
+    if name in _TYPES
+}
 
 
 def targets(model: nn.Module, roles: Mapping[str, str], target_modules: str | list[str] = "all-linear") -> list[str]:
@@ -97,24 +117,21 @@ def _endings(names: list[str]) -> str:
     return f"this model has {', '.join(sorted({n.rpartition('.')[2] for n in names}))}"
 
 
-def own(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The settings of one layer: of PEFT's rank_pattern and alpha_pattern the first row whose key meets its name."""
-    out = {k: v for k, v in settings.items() if k not in PATTERNS}
-    for pattern, key in PATTERNS.items():
-        if found := [v for k, v in (settings.get(pattern) or {}).items() if _meets(k, name)]:
-            out[key] = found[0]
-    return out
-
-
-def unmet(settings: Mapping[str, Any], names: list[str]) -> str | None:
-    """A key of the patterns that meets no layer of these."""
-    keys = [k for pattern in PATTERNS for k in settings.get(pattern) or {}]
-    return next((k for k in keys if not any(_meets(k, n) for n in names)), None)
-
-
-def _meets(key: str, name: str) -> bool:
-    """PEFT's rule (get_pattern_key): the key, a regular expression, is the name, or its end from a dot on."""
-    return re.match(rf"(.*\.)?({key})$", name) is not None
+def fitting(model: nn.Module, names: list[str], **settings: Any) -> dict[str, Weight]:
+    """The weights of the named ops, by op's name. Raises InputError where one cannot have an adapter of these settings:
+    a head that is tied, whose adapter would move the embedding too, which PEFT's does not; an embedding that would get
+    DoRA or QA-LoRA; a rank of which a start has too few directions."""
+    by_name = dict(ops(model))
+    met = {name: by_name[name].weight for name in names}
+    for name, weight in met.items():
+        if other := next((n for n, op in by_name.items() if op.weight is weight and n != name), None):
+            raise InputError(f"{name} shares its weight with {other}, so that it cannot have an adapter of its own.")
+        if not isinstance(by_name[name], Embedding):
+            of = own(settings, name)
+            starts.check(of.get("init_lora_weights", True), of.get("r", DEFAULTS["r"]), weight.shape)
+        elif settings.get("use_dora") or settings.get("use_qalora"):
+            raise InputError(f"{name} is looked up, and DoRA and QA-LoRA are for what is multiplied: leave it out.")
+    return met
 
 
 def attach(
@@ -123,20 +140,18 @@ def attach(
     """Adds an adapter of a kind in ADAPTERS to the weights of the named ops, in use from now on. called: its own name.
     Returns the weights by op's name.
 
-    With `use_qalora` groups are those of the weights' codes, unless `qalora_group_size` says another size. Raises
-    InputError for a head that is tied: its adapter would move the embedding too, which PEFT's does not.
+    With `use_qalora` groups are those of the weights' codes, unless `qalora_group_size` says another size, of whole
+    groups. Raises InputError, before there is any, as `check` and `fitting` do.
     """
     if kind not in ADAPTERS:
         raise InputError(f"there is no adapter {kind!r}; those are {', '.join(ADAPTERS)}.")
-    by_name = dict(ops(model))
-    met = {name: by_name[name].weight for name in names}
-    for name, weight in met.items():
-        if other := next((n for n, op in by_name.items() if op.weight is weight and n != name), None):
-            raise InputError(f"{name} shares its weight with {other}, so that it cannot have an adapter of its own.")
-        if isinstance(by_name[name], Embedding) and (settings.get("use_dora") or settings.get("use_qalora")):
-            raise InputError(f"{name} is looked up, and DoRA and QA-LoRA are for what is multiplied: leave it out.")
-    if settings.get("use_qalora") and "qalora_group_size" not in settings:
-        settings["qalora_group_size"] = group_size(met)
+    if kind == "lora":
+        check(settings)
+    by_name, met = dict(ops(model)), fitting(model, names, **settings)
+    if settings.get("use_qalora"):
+        if "qalora_group_size" not in settings:
+            settings["qalora_group_size"] = group_size(met)
+        check_group_size(met, settings["qalora_group_size"])
     for name, weight in met.items():
         looked_up = {"looked_up": True} if isinstance(by_name[name], Embedding) else {}
         weight.adapters[called] = ADAPTERS[kind](weight, **own(settings, name), **looked_up)

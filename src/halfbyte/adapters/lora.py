@@ -46,7 +46,7 @@ class LowRank(nn.Module):
             raise InputError(f"--r must be at least 1, not {r}.")
         if not 0 <= lora_dropout < 1:
             raise InputError(f"--lora-dropout must be at least 0 and below 1, not {lora_dropout}.")
-        check(init_lora_weights, r)
+        check(True if looked_up else init_lora_weights, r, weight.shape)
         self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, lora_dropout, use_rslora
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         begin, self.looked_up = EMBEDDING if looked_up else start(init_lora_weights), looked_up

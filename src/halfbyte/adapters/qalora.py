@@ -64,8 +64,7 @@ def group_size(weights: Mapping[str, Weight]) -> int:
             raise InputError(f"use_qalora: {name} is no codes, whose zero points would take in what is learned.")
         if (why := unshiftable(w.stored.q)) is not None:
             raise InputError(f"use_qalora: {name}: {why}.")
-        group = w.stored.q.format.group
-        sizes[name] = group if isinstance(group, int) else w.shape[1]
+        sizes[name] = _group(w.stored, w)
     size = math.lcm(*sizes.values())
     if uneven := next((n for n, w in weights.items() if w.shape[1] % size), None):
         found = ", ".join(map(str, sorted(set(sizes.values()))))
@@ -74,3 +73,22 @@ def group_size(weights: Mapping[str, Weight]) -> int:
             f"the {weights[uneven].shape[1]} inputs of {uneven}: choose a --group-size that all layers have."
         )
     return size
+
+
+def check_group_size(weights: Mapping[str, Weight], size: Any) -> None:
+    """Raises InputError for a size of which codes have longer groups: what is learned would differ within one, and no
+    zero point takes that in."""
+    for name, w in weights.items():
+        if type(size) is not int or not isinstance(w.stored, Codes) or unshiftable(w.stored.q) is not None:
+            continue
+        if size % (group := _group(w.stored, w)):
+            raise InputError(
+                f"qalora_group_size {size}: the codes of {name} have groups of {group}, and a zero point for each; "
+                f"give a multiple of {group}."
+            )
+
+
+def _group(codes: Codes, weight: Weight) -> int:
+    """How many neighbouring inputs share a zero point."""
+    group = codes.q.format.group
+    return group if isinstance(group, int) else weight.shape[1]

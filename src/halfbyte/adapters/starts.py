@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,29 +21,36 @@ Factors = tuple[Tensor, Tensor]  # A (r, in), B (out, r), float32
 class Start:
     """make: of a weight, its rank, s and what was told, gives A and B. moves: B A is not 0, and the adapter adds only
     what it has changed by since. told: what has to be found beforehand, for each weight: the "original" floats
-    (out, in) of one that is codes, or the "moments" of its inputs (in, in)."""
+    (out, in) of one that is codes, or the "moments" of its inputs (in, in). most: of a shape (out, in), the largest
+    rank."""
 
     make: Callable[[Weight, int, float, Tensor | None], Factors]
     moves: bool = False
     told: str = ""
+    most: Callable[[Sequence[int]], int] | None = None
 
 
 def start(name: bool | str) -> Start:
     """A row of STARTS, or pissa_niter_N. Raises InputError for another name."""
     if isinstance(name, str) and (niter := re.fullmatch(r"pissa_niter_(\d{1,3})", name)):
-        return Start(partial(_pissa, niter=int(niter[1])), moves=True)
-    if name not in STARTS or name in (0, False):
+        return Start(partial(_pissa, niter=int(niter[1])), moves=True, most=min)
+    if name is not True and (not isinstance(name, str) or name not in STARTS):
         named = ", ".join(n for n in STARTS if isinstance(n, str))
         raise InputError(f"--init-lora-weights {name}: it is true, {named} or pissa_niter_N.")
     return STARTS[name]
 
 
-def check(name: bool | str, r: int) -> None:
-    """Raises InputError for a start that there is not, or that cannot have this rank."""
-    start(name)
+def check(name: bool | str, r: int, shape: Sequence[int] | None = None) -> None:
+    """Raises InputError for a start that there is not, or that cannot have this rank, of a weight (out, in)."""
+    most = start(name).most
     if name == "orthogonal" and r % 2:
         raise InputError(
             f"--init-lora-weights orthogonal: it halves the rank, which {r} is too odd for: give an even r."
+        )
+    if shape is not None and most is not None and r > most(shape):
+        raise InputError(
+            f"--init-lora-weights {name}: --r {r} is more than the {most(shape)} directions of a layer of "
+            f"{shape[1]} inputs and {shape[0]} outputs."
         )
 
 
@@ -83,7 +90,7 @@ def _orthogonal(weight: Weight, r: int, s: float, told: Tensor | None) -> Factor
 def _pissa(weight: Weight, r: int, s: float, told: Tensor | None, niter: int | None = None) -> Factors:
     """The r largest singular values of W and their vectors, sqrt on either side: B A s is the principal part of W
     (arXiv:2404.02948, equations 2 and 3). niter: by Halko's randomized SVD with so many iterations."""
-    w = _value(weight, r, "pissa")
+    w = _value(weight)
     if niter is None:
         return _halves(torch.linalg.svd(w, full_matrices=False), r, s)
     u, sigma, v = torch.svd_lowrank(w, r, niter)
@@ -92,7 +99,7 @@ def _pissa(weight: Weight, r: int, s: float, told: Tensor | None, niter: int | N
 
 def _olora(weight: Weight, r: int, s: float, told: Tensor | None) -> Factors:
     """W = Q R: B is the first r columns of Q, A the first r rows of R (arXiv:2406.01775, section 3)."""
-    q, upper = torch.linalg.qr(_value(weight, r, "olora"))
+    q, upper = torch.linalg.qr(_value(weight))
     return upper[:r].contiguous(), q[:, :r].contiguous()
 
 
@@ -103,7 +110,7 @@ def _loftq(weight: Weight, r: int, s: float, told: Tensor | None) -> Factors:
         raise InputError(
             "--init-lora-weights loftq makes good what quantizing lost, and this weight is a float: use --method qlora."
         )
-    w = _value(weight, r, "loftq")
+    w = _value(weight)
     return _halves(torch.linalg.svd(told.to(w) - w, full_matrices=False), r, s)
 
 
@@ -113,8 +120,6 @@ def _eva(weight: Weight, r: int, s: float, told: Tensor | None) -> Factors:
     if told is None:
         raise InputError("--init-lora-weights eva is found on text, and there is none.")
     _, b = _nothing(weight, r)
-    if r > len(told):
-        raise _too_many("eva", r, len(told))
     _, vectors = torch.linalg.eigh(told.double())
     return _as(vectors[:, -r:].flip(1).T, weight), b
 
@@ -126,16 +131,9 @@ def _halves(svd: tuple[Tensor, Tensor, Tensor], r: int, s: float) -> Factors:
     return (root[:, None] * vh[:r]).contiguous(), (u[:, :r] * root).contiguous()
 
 
-def _value(weight: Weight, r: int, name: str) -> Tensor:
-    """What is stored, float32 (out, in). Raises InputError where it has fewer singular values than r."""
-    w = weight.base().detach().float()
-    if r > min(w.shape):
-        raise _too_many(name, r, min(w.shape))
-    return w
-
-
-def _too_many(name: str, r: int, most: int) -> InputError:
-    return InputError(f"--init-lora-weights {name}: --r {r} is more than the {most} directions of the smallest layer.")
+def _value(weight: Weight) -> Tensor:
+    """What is stored, float32 (out, in)."""
+    return weight.base().detach().float()
 
 
 def _as(t: Tensor, weight: Weight) -> Tensor:
@@ -147,8 +145,8 @@ STARTS: dict[bool | str, Start] = {
     True: Start(_kaiming),
     "gaussian": Start(_gaussian),
     "orthogonal": Start(_orthogonal),
-    "pissa": Start(_pissa, moves=True),
-    "olora": Start(_olora, moves=True),
-    "loftq": Start(_loftq, told="original"),
-    "eva": Start(_eva, told="moments"),
+    "pissa": Start(_pissa, moves=True, most=min),
+    "olora": Start(_olora, moves=True, most=min),
+    "loftq": Start(_loftq, told="original", most=min),
+    "eva": Start(_eva, told="moments", most=lambda shape: shape[1]),
 }

@@ -64,8 +64,11 @@ class Adapt(Calibrated):
         return self
 
     def __call__(self, run: Run) -> None:
-        if adapters.attached(run.model):
-            return  # the model was an adapter folder: training goes on with it
+        if adapters.attached(run.model):  # the model was an adapter folder: training goes on with it
+            if self.path is not None:
+                raise InputError(f"--adapter {self.path}: {run.loaded.source} has an adapter already; leave one out.")
+            self._same(run)
+            return
         if run.notes.get("input_search"):
             raise InputError(
                 "an adapter's folder has no place for the scales of inputs that this run found: save the quantized "
@@ -73,15 +76,17 @@ class Adapt(Calibrated):
             )
         if self.path is not None:
             attach_from(run, Path(self.path))
+            self._same(run)
             return
         torch.manual_seed(run.seed)  # so that A does not depend on what ran before
         if self.modules_to_save:
             adapters.whole.keep(run.model, self.modules_to_save)
-        names = adapters.targets(run.model, models.roles(run.model), self.target_modules)
+        names = self._targets(run)
         if (key := adapters.unmet(self._own, names)) is not None:
             raise InputError(f"rank_pattern, alpha_pattern: {key!r} meets no layer that gets an adapter.")
         try:
             by_name = dict(layers.ops(run.model))
+            adapters.fitting(run.model, names, **self._own)
             begins = [n for n in names if self._told and isinstance(by_name[n], layers.Linear)]
             adapters.attach(run.model, [n for n in names if n not in begins], self.adapter, **self._own)
             for name, told in self._found(run, begins):
@@ -90,6 +95,31 @@ class Adapt(Calibrated):
             raise InputError(f"adapter {self.adapter}: {e}.") from None
         saved = {"modules_to_save": self.modules_to_save} if self.modules_to_save else {}
         run.notes["adapter"] = {"adapter": self.adapter, **self._own, **saved}
+
+    def _targets(self, run: Run) -> list[str]:
+        return adapters.targets(run.model, models.roles(run.model), self.target_modules)
+
+    def _same(self, run: Run) -> None:
+        """Raises InputError where what is asked for is not what the adapter that is there has. A default asks for
+        nothing: it may be that nothing was said."""
+        found, kept = adapters.attached(run.model), sorted(adapters.whole.kept(run.model))
+        held = {**adapters.DEFAULTS, "init_lora_weights": True, **adapters.settings(found)}
+        asked = {k: v for k, v in self._own.items() if k not in adapters.DEFAULTS or v != adapters.DEFAULTS[k]}
+        there = "training goes on with an adapter that is there"
+        if (key := adapters.unmet(asked, list(found))) is not None:
+            raise InputError(f"{key!r} meets no layer: {there}, of other layers; leave it out.")
+        for name in found:
+            has = adapters.own(held, name)
+            for key, value in adapters.own(asked, name).items():
+                if value != has.get(key):
+                    raise InputError(f"{key} {value}: {there}, of {key} {has.get(key)} in {name}; leave it out.")
+        if self.modules_to_save and sorted(self.modules_to_save) != kept:
+            raise InputError(
+                f"modules_to_save {', '.join(self.modules_to_save)}: {there}, beside {', '.join(kept) or 'none'}; "
+                "leave it out."
+            )
+        if self.target_modules != "all-linear" and set(self._targets(run)) != set(found):
+            raise InputError(f"target_modules {self.target_modules}: {there}, of other layers; leave it out.")
 
     def _found(self, run: Run, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """What the adapters' start has to be told, one op after the other."""
