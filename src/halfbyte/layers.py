@@ -114,8 +114,7 @@ class Embedding(nn.Module):
         if len(added) < len(w.adapters) or (w.grid is not None and self.training):
             y, added = F.embedding(ids, w.value(), self.padding_idx), []
         elif (q := self._codes()) is not None and q.has_rows:
-            learned = isinstance(w.stored, Codes) and w.stored.learned
-            y = q.rows(ids).dequantize() if learned else kernels.dequantize(q.rows(ids))
+            y = kernels.dequantize(q.rows(ids))
         else:
             y = F.embedding(ids, w.base() if w.grid is None else w.value(), self.padding_idx)
         for adapter in added:
