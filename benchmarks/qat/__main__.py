@@ -4,8 +4,9 @@
     python benchmarks/qat --table FILE ...
 
 The model is SmolLM2-135M off its grid (benchmarks/accuracy/setting.py), the text what it is calibrated on there: 4 rows
-of 512 tokens a step. All is measured on held-out windows of two domains, of which one was trained on; learning rates
-were chosen on windows of the training part that training does not see (`--train --rates LR,LR`).
+of 512 tokens a step, products in bfloat16, all else in float32. All is measured in float32, on held-out windows of two
+domains, of which one was trained on; learning rates were chosen on windows of the training part that training does not
+see (`--train --rates LR,LR`).
 """
 
 from __future__ import annotations

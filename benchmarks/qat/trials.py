@@ -71,7 +71,7 @@ class Result:
 def trained(setting: Setting, t: Trial, asked: Asked) -> Result:
     there, rows = setting.copy(), setting.calibration(t.text, asked.steps * BATCH)
     settings = {"data": rows, "steps": asked.steps, "batch_size": BATCH, "max_length": LENGTH,
-                "learning_rate": t.rate, "loss": t.loss, **t.more}  # fmt: skip
+                "learning_rate": t.rate, "loss": t.loss, "bf16": True, **t.more}  # fmt: skip
     begun, solving, began = None, 0.0, time.perf_counter()
     for step in method_steps(t.method, t.to, settings, init=t.init):
         if isinstance(step, Freeze) and step.solver in SAMPLES:

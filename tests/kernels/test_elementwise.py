@@ -338,3 +338,30 @@ def test_wrong_sizes_raise():
         for case in cases:
             with pytest.raises(ValueError, match=r"needed|too large|zero point|must hold"):
                 job(**case)
+
+
+LEARNED = [f for f in FORMATS if not isinstance(FORMATS[f].scale, Format)]
+
+
+@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_have_the_gradient_of_the_formula(name, dtype):
+    """That of the reference, through which autograd sees."""
+    q = kernels.quantize(torch.randn(6, 256).to(dtype), name)
+    wanted = torch.randn(6, 256)
+
+    def gradients(dequantize):
+        learned = {
+            k: t.float().requires_grad_() for k, t in q.tensors().items() if k != "codes" and t.is_floating_point()
+        }
+        same = q.with_tensors({**q.tensors(), **{k: t.to(q.parts[k].dtype) for k, t in learned.items()}})
+        value = dequantize(same)
+        (value.float() * wanted).sum().backward()
+        return value.detach(), {k: t.grad for k, t in learned.items()}
+
+    value, found = gradients(kernels.dequantize)
+    expected, through = gradients(lambda q: q.dequantize())
+    assert torch.equal(value, expected)
+    assert found
+    for key, g in through.items():
+        torch.testing.assert_close(found[key], g, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-4)

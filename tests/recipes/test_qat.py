@@ -297,3 +297,18 @@ def test_what_a_killed_run_left_beside_its_checkpoint_is_removed(tmp_path):
         assert list(where.iterdir()) == []
         (where / "states").write_bytes(b"new")
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- products in bfloat16
+
+
+@pytest.mark.parametrize("method", ["full", "qat", "qat-lora", "scales"])
+def test_products_in_bfloat16_train_a_model_that_stays_float32(tmp_path, llama, method):
+    to = None if method == "full" else "int4-g32"
+    losses = []
+    for bf16 in (False, True):
+        made = train(llama, method, to, steps=5, learning_rate=1e-3, bf16=bf16)
+        losses.append([row["loss"] for row in made.log.curve])
+        assert {p.dtype for p in made.model.parameters()} == {torch.float32}
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)

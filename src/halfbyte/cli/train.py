@@ -120,6 +120,8 @@ def command(
         assert run.log is not None
         run.rows.append((f"trained ({method})", {"loss": run.log.curve[-1]["loss"], **_held(run.log.curve)}))
         run.write(partial, output.resolve().name)
+        if told := run.notes.get("peft"):
+            say(f"note: {told}")
         (partial / "curve.jsonl").write_text("".join(json_module.dumps(row) + "\n" for row in run.log.curve))
     summary = run.log.summary()
     say(f"{output}: {summary['steps']} steps in {summary['seconds']:.0f} s, loss {summary['loss']:.4f}")
