@@ -22,6 +22,7 @@ from mixes import llama_cpp
 from halfbyte import data, evaluate, export, kinds, run, sample_data
 from halfbyte.cli.demo import packaged
 from halfbyte.errors import BudgetExceeded, InputError
+from halfbyte.folders import disk_bytes
 from halfbyte.methods import merge_steps, method_steps
 from halfbyte.recipe import save
 
@@ -75,7 +76,7 @@ def main() -> None:
                 print(f"| {kind_name} {scheme} | not read back: {kind.missing()} |", flush=True)
                 continue
             (_, own), (_, before) = done.rows
-            print(line(f"{kind_name} {scheme}", "halfbyte", run.disk_bytes(out), own, before), flush=True)
+            print(line(f"{kind_name} {scheme}", "halfbyte", disk_bytes(out), own, before), flush=True)
             found.append({"kind": kind_name, "format": scheme, "by": "halfbyte", "own": own, "before": before})
         found += peers(folder, source, heldout, args.windows)
     if args.json:

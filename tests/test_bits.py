@@ -12,6 +12,7 @@ from halfbyte.allocate import Option
 from halfbyte.errors import InputError
 from halfbyte.layers import ops
 from halfbyte.plan import plan
+from halfbyte.scheme import to_scheme
 from halfbyte.steps import Freeze
 
 TEXT = [{"text": t} for t in miniatures._TEXT]
@@ -169,7 +170,7 @@ def test_notation_of_a_choice_is_read_again(made):
     scheme = costs.within(costs.footprint.most).scheme
     assert re.fullmatch(r"\d+\.\d\d bits", scheme.name)
     rules = bits.Scheme("x", scheme.rules).notation()
-    assert [e.after for e in plan(out.model, run.to_scheme(rules))] == [e.after for e in plan(out.model, scheme)]
+    assert [e.after for e in plan(out.model, to_scheme(rules))] == [e.after for e in plan(out.model, scheme)]
 
 
 def test_options_have_names_of_formats(made):

@@ -6,6 +6,7 @@ import torch
 import miniatures
 from halfbyte import export, kinds, recipe, run
 from halfbyte.errors import InputError
+from halfbyte.folders import disk_bytes
 from halfbyte.footprint import FOLDER, GGUF, footprint, usual
 from halfbyte.formats import parse
 from halfbyte.layers import ops
@@ -46,7 +47,7 @@ def test_a_folder_is_as_large_as_said(tmp_path, name, own, which):
     assert "embedding" in sizes.kept["model.embed_tokens"]
     scheme, said = mixed(sizes, which)
     recipe.Freeze(scheme=scheme)(made)
-    size = run.disk_bytes(recipe.save(made, tmp_path / "out"))
+    size = disk_bytes(recipe.save(made, tmp_path / "out"))
     tensors = 8 * len(list(ops(made.model)))
     assert said - 200 * tensors <= size <= said
 

@@ -14,7 +14,7 @@ from torch import nn
 from halfbyte import data, evaluate, models, run, sample_data
 from halfbyte.containers import peft
 from halfbyte.errors import BudgetExceeded, InputError
-from halfbyte.folders import whole, whole_file
+from halfbyte.folders import disk_bytes, whole, whole_file
 from halfbyte.formats import Format
 from halfbyte.kinds import KINDS, Job, Kind
 from halfbyte.layers import Codes, Linear, ops
@@ -307,5 +307,5 @@ def _records(given: Any) -> list[data.Record]:
 
 def _row(reader: nn.Module, rows: data.Dataset, reference: nn.Module, ours: run.Run, path: Path) -> dict[str, Any]:
     row = evaluate.measure(reader, rows, evaluate.Reference(reference), 1)
-    row.bytes, row.bits_per_weight, row.context = run.disk_bytes(path), ours.bits_per_weight(), max(map(len, rows.rows))
+    row.bytes, row.bits_per_weight, row.context = disk_bytes(path), ours.bits_per_weight(), max(map(len, rows.rows))
     return row.as_dict()

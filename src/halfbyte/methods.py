@@ -11,8 +11,8 @@ from halfbyte.errors import InputError
 from halfbyte.formats import Format, parse
 from halfbyte.layers import weights
 from halfbyte.qtensor import no_shift
-from halfbyte.run import Run, to_scheme
-from halfbyte.scheme import Mix, Scheme
+from halfbyte.run import Run
+from halfbyte.scheme import Mix, Scheme, to_scheme
 from halfbyte.solvers import SOLVERS, solver
 from halfbyte.steps import SHARES, Adapt, Dequantize, Freeze, Grid, Merge, Step, Teacher, Train
 

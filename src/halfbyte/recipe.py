@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict
 from halfbyte.errors import InputError
 from halfbyte.folders import check_free, whole
 from halfbyte.methods import method_steps
-from halfbyte.run import Run, load, to_scheme
+from halfbyte.run import Run, load
+from halfbyte.scheme import to_scheme
 from halfbyte.steps import STEPS, Adapt, Freeze, Grid, Merge, Step, checked, read
 
 _FILES = ("data", "eval_data", "calibration")  # the fields of steps that name files to read

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from halfbyte import run
+from halfbyte.folders import disk_bytes
 from halfbyte.layers import ops
 
 
@@ -24,7 +25,7 @@ def test_a_size_is_kept_to(halfbyte, tiny_llama, text, tmp_path, out):
     )  # fmt: skip
     assert said.status == 0, said.err
     limit = int(size[:-2]) * 1000
-    assert 0.9 * limit < said.json["bytes"] == run.disk_bytes(target) <= limit
+    assert 0.9 * limit < said.json["bytes"] == disk_bytes(target) <= limit
     assert "predicted KL" in said.err
     held = {n: op.weight.format for n, op in ops(run.load(target).model)}
     chosen = {c["name"]: c["format"] for c in said.json["choice"]}

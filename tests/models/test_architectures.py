@@ -12,7 +12,7 @@ from halfbyte import models, run
 from halfbyte.layers import Codes, Linear, ops, swap, weights
 from halfbyte.models import roles, tied
 from halfbyte.plan import plan
-from halfbyte.scheme import scheme
+from halfbyte.scheme import scheme, to_scheme
 from halfbyte.solvers import solver
 from miniatures import EXPERTS, MINIATURES, OTHERS, folder, logits, make, theirs
 
@@ -125,7 +125,7 @@ def test_float_experts_beside_codes_stay_fused(tmp_path, name):
     """Where a folder says compressed-tensors, transformers takes separate experts for codes."""
     made = run.load(folder(tmp_path / "m", name))
     rules = [{"match": "@linear", "weight": "int4-g32"}, {"match": ".*"}]
-    run.freeze(made, run.to_scheme(rules), solver("rtn"))
+    run.freeze(made, to_scheme(rules), solver("rtn"))
     (tmp_path / "out").mkdir()
     models.save(made.loaded, tmp_path / "out")
     before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("m", "out"))

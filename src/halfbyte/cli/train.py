@@ -81,7 +81,7 @@ def command(
     """Fine-tune a model: all of it, LoRA, QLoRA, quantization-aware, or only its scales."""
     from halfbyte.folders import CHECKPOINT, check_free, finished, whole
     from halfbyte.methods import METHODS, method_steps
-    from halfbyte.run import to_scheme
+    from halfbyte.scheme import to_scheme
     from halfbyte.steps import Dequantize, Freeze, Train
 
     if resume and finished(output, overwrite):
