@@ -43,7 +43,7 @@ def command(
     packing: Annotated[bool, typer.Option(help="Several samples share a row.")] = True,
     completion_only_loss: Annotated[bool, typer.Option(help="Prompts are read, not learnt.")] = True,
     assistant_only_loss: Annotated[bool, typer.Option(help="Only the assistant's turns are learnt.")] = True,
-    lr: Annotated[float | None, typer.Option(help="2e-4 adapters, 2e-5 full, 1e-5 qat, 1e-4 scales.")] = None,
+    lr: Annotated[float | None, typer.Option(help="2e-4 adapters, 2e-5 full and scales, 1e-5 qat.")] = None,
     loss: Annotated[str, typer.Option(help="ce: the text's; kl: from the model as it was; or both.")] = "ce",
     teacher: Annotated[str | None, typer.Option(help="A MODEL that --loss kl holds it to instead.")] = None,
     cache_teacher: Annotated[

@@ -26,7 +26,7 @@ ENCODING = ("max_length", "packing", "completion_only_loss", "assistant_only_los
 _OWN = (*ENCODING, "eval_split", "batch_size", "loss", "scale_lr_ratio", "loraplus_lr_ratio", "norms",
         "fake_quant_after_n_steps", "bf16")  # fmt: skip
 _BEGUN_FROM = ("grid", "grid_search", "stored", "solver", "teacher")  # notes of the steps before
-LEARNING_RATES = {"adapters": 2e-4, "stored": 2e-5, "qat": 1e-5, "scales": 1e-4}
+LEARNING_RATES = {"adapters": 2e-4, "stored": 2e-5, "qat": 1e-5, "scales": 2e-5}
 
 
 class Train(Step):
