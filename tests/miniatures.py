@@ -206,3 +206,12 @@ def logits(model: Any, **kwargs: Any) -> torch.Tensor:
     """What a miniature makes of its inputs; of an encoder without a head, the last hidden states."""
     out = model(**inputs(model), **kwargs)
     return getattr(out, "logits", out[0]).detach()
+
+
+def training_logits(model: Any) -> torch.Tensor:
+    """The forward that training saw: without dropout there is nothing else in it but the grids."""
+    model.train()
+    try:
+        return logits(model)
+    finally:
+        model.eval()

@@ -9,7 +9,7 @@ from halfbyte.kinds import KINDS
 from halfbyte.layers import Codes, weights
 from halfbyte.model import load
 from halfbyte.scheme import to_scheme
-from miniatures import bpe, folder, logits
+from miniatures import bpe, folder, logits, training_logits
 
 TEXT = [{"text": "a small text that is learnt by heart, twice over and once again"}] * 4
 SHORT = {"data": TEXT, "steps": 2, "batch_size": 2, "max_length": 8, "learning_rate": 1e-2, "r": 4}
@@ -23,14 +23,6 @@ def base(request, tmp_path_factory):
     """As wide as a super-block of the K types."""
     path = tmp_path_factory.mktemp("base")
     return folder(path, dtype=request.param, words=bpe(), hidden_size=256, intermediate_size=256, num_hidden_layers=1)
-
-
-def in_training(model):
-    model.train()
-    try:
-        return logits(model)
-    finally:
-        model.eval()
 
 
 def shipped(made, to, path):
@@ -56,7 +48,7 @@ def shipped(made, to, path):
 @pytest.mark.usefixtures("torch_products")
 def test_qat_lora_ships_what_was_trained_in_every_format(tmp_path, base, to, adapter):
     made = load(base).train(method="qat-lora", to=to, **SHORT, **ADAPTERS[adapter])
-    trained = in_training(made.model)
+    trained = training_logits(made.model)
     assert not torch.equal(trained, logits(load(base).quantize(to).model))
     assert torch.equal(logits(made.model), trained)
     made.merge()

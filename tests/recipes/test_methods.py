@@ -13,7 +13,7 @@ from halfbyte.layers import Codes, Linear, ops, weights
 from halfbyte.methods import method_steps
 from halfbyte.model import load
 from halfbyte.steps import Adapt, Freeze, Grid, Merge, Train
-from miniatures import IDS, folder, logits
+from miniatures import IDS, folder, logits, training_logits
 
 TEXT = [{"text": "a small text that is learnt by heart, twice over and once again"}] * 4
 SHORT = {"data": TEXT, "steps": 3, "batch_size": 2, "max_length": 24, "learning_rate": 1e-2}
@@ -48,15 +48,6 @@ def foreign(path, cls=transformers.AutoModelForCausalLM):
         if isinstance(m, Linear4bit):
             m.support_avx512bf16_for_cpu = False  # it would repack the weights and multiply in bf16
     return model
-
-
-def training_logits(model):
-    """The forward that training saw: without dropout there is nothing else in it but the grids."""
-    model.train()
-    try:
-        return logits(model)
-    finally:
-        model.eval()
 
 
 # ---- every method: what is saved is what was trained

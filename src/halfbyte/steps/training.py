@@ -122,12 +122,15 @@ class Train(Step):
     def _known(self) -> Self:
         if self.cache_teacher and self.loss == "ce":
             raise InputError("--cache-teacher: the loss asks no teacher; add --loss kl or --loss both.")
-        if self.steps is not None and self.fake_quant_after_n_steps >= self.steps:
-            raise InputError(
-                f"--fake-quant-after-n-steps {self.fake_quant_after_n_steps}: none of {self.steps} steps would see the "
-                "grid."
-            )
+        if self.steps is not None:
+            self._check_warm_up(self.steps)
         return self
+
+    def _check_warm_up(self, steps: int) -> None:
+        if self.fake_quant_after_n_steps >= steps:
+            raise InputError(
+                f"--fake-quant-after-n-steps {self.fake_quant_after_n_steps}: none of {steps} steps would see the grid."
+            )
 
     def _check_ratios(self, model: nn.Module) -> None:
         trained = [n.split(".") for n, p in model.named_parameters() if p.requires_grad]
@@ -212,10 +215,7 @@ class Train(Step):
         rate = LEARNING_RATES["qat" if what == "stored" and gridded else what]
         if self.fake_quant_after_n_steps and not gridded:
             raise InputError("--fake-quant-after-n-steps: nothing is seen through a grid here; leave it out.")
-        if self.fake_quant_after_n_steps >= steps:
-            raise InputError(
-                f"--fake-quant-after-n-steps {self.fake_quant_after_n_steps}: none of {steps} steps would see the grid."
-            )
+        self._check_warm_up(steps)
         keep = ("gradient_accumulation_steps", "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm",
                 "gradient_checkpointing", "eval_steps", "save_steps")  # fmt: skip
         return TrainingArguments(
