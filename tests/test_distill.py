@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from halfbyte import InputError, distill
-from halfbyte.distill import Distillation, Remembered, asked
+from halfbyte.distill import Distillation, asked, kl_of_likeliest, likeliest, remembered
 from halfbyte.train import loss_sum, train
 from test_train import args, batch, toy
 
@@ -55,8 +55,8 @@ def test_training_brings_a_model_to_its_teacher():
 def test_a_teacher_is_run_once_and_remembered(tmp_path):
     theirs, seen = toy(seed=1), [batch(targets=0.4, seed=i) for i in range(3)]
     wanted = [Distillation(asked(theirs), 0.5)(toy(), b) for b in seen]
-    kept = Remembered(theirs, theirs.head, seen + seen[:1], tmp_path / "states")
-    assert (tmp_path / "states").stat().st_size == sum(b.targets for b in seen) * 8 * 4  # (targets, 8) in float32
+    kept = remembered(theirs, theirs.head, seen + seen[:1], tmp_path / "teacher")
+    assert (tmp_path / "teacher").stat().st_size == sum(b.targets for b in seen) * 8 * 4  # (targets, 8) in float32
     theirs.embed.weight.data.zero_()  # of what is before the head nothing is needed any more
     for b, loss in zip(seen, wanted, strict=True):
         torch.testing.assert_close(Distillation(kept, 0.5)(toy(), b), loss)
@@ -66,7 +66,7 @@ def test_a_teacher_is_run_once_and_remembered(tmp_path):
 
 def test_a_row_is_remembered_whatever_it_is_padded_to(tmp_path):
     theirs, short = toy(seed=1), batch(rows=1)
-    kept = Remembered(theirs, theirs.head, [short], tmp_path / "states")
+    kept = remembered(theirs, theirs.head, [short], tmp_path / "teacher")
     padded = replace(short, input_ids=F.pad(short.input_ids, (0, 5)), labels=F.pad(short.labels, (0, 5), value=-100))
     assert torch.equal(kept(padded), kept(short))
 
@@ -76,4 +76,32 @@ def test_a_model_that_does_more_after_its_head_is_refused(tmp_path):
     forward = theirs.forward
     theirs.forward = lambda **inputs: SimpleNamespace(logits=5 * forward(**inputs).logits.tanh())
     with pytest.raises(InputError, match="cache-teacher"):
-        Remembered(theirs, theirs.head, [batch()], tmp_path / "states")
+        remembered(theirs, theirs.head, [batch()], tmp_path / "teacher")
+
+
+@pytest.mark.parametrize("k", [1, 4, 11])
+def test_likeliest_tokens_and_the_rest_as_one_give_the_loss_and_gradient_of_the_formula(tmp_path, k):
+    """By hand: of the tokens that are not among the likeliest, one makes up the rest, by autograd."""
+    theirs, b = toy(seed=1), batch(targets=0.4)
+    kept = likeliest(theirs, k, [b], tmp_path / "teacher")(b)
+    assert kept.shape == (b.targets, 2 * k)
+    p = asked(theirs)(b).detach().softmax(-1)
+    ours = torch.randn(p.shape, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    top = p.topk(k).indices
+    q = ours.softmax(-1)
+    parts = [(p.gather(1, top), q.gather(1, top))]
+    others = torch.ones_like(p).scatter(1, top, 0)
+    parts.append(((p * others).sum(1), (q * others).sum(1)))
+    by_hand = sum((x * (x.log() - y.log())).sum() for x, y in parts)
+    (expected,) = torch.autograd.grad(3 * by_hand, ours)
+    found = kl_of_likeliest(ours, kept)
+    (gradient,) = torch.autograd.grad(3 * found, ours)
+    torch.testing.assert_close(found, by_hand, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+    assert found.item() < distill.kl(ours, asked(theirs)(b)).item()
+
+
+def test_more_likeliest_tokens_than_there_are_is_all_of_them(tmp_path):
+    theirs, b = toy(seed=1), batch()
+    loss = Distillation(likeliest(theirs, 1000, [b], tmp_path / "teacher"), 0.5, kl_of_likeliest)(toy(), b)
+    torch.testing.assert_close(loss, Distillation(asked(theirs), 0.5)(toy(), b), rtol=1e-5, atol=1e-4)

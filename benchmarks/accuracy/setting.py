@@ -59,11 +59,15 @@ class Setting:
     def references(self) -> dict[str, evaluate.Reference]:
         return {k: evaluate.Reference(self.reference.model, keep=2_000_000_000) for k in self.texts}
 
-    def calibration(self, name: str, rows: int | None = None) -> data.Dataset:
-        """Rows of LENGTH tokens: of one of TEXTS' training part, or "self"."""
+    def training(self, name: str) -> data.Dataset:
+        """All rows of LENGTH tokens that calibration is taken from."""
         if name not in self._known:
             self._known[name] = self._calibration(name)
-        found = self._known[name]
+        return self._known[name]
+
+    def calibration(self, name: str, rows: int | None = None) -> data.Dataset:
+        """Rows of LENGTH tokens: of one of TEXTS' training part, or "self"."""
+        found = self.training(name)
         wanted = rows or self.rows
         assert len(found) >= wanted, f"{name} has {len(found)} rows, not {wanted}."
         return replace(found, rows=found.rows[:wanted])

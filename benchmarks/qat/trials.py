@@ -69,7 +69,7 @@ class Result:
 
 
 def trained(setting: Setting, t: Trial, asked: Asked) -> Result:
-    there, rows = setting.copy(), setting.calibration(t.text, asked.steps * BATCH)
+    there, rows = setting.copy(), setting.training(t.text)
     settings = {"data": rows, "steps": asked.steps, "batch_size": BATCH, "max_length": LENGTH,
                 "learning_rate": t.rate, "loss": t.loss, "bf16": True, **t.more}  # fmt: skip
     begun, solving, began = None, 0.0, time.perf_counter()

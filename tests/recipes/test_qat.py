@@ -186,6 +186,16 @@ def test_a_cached_teacher_teaches_the_same(llama, method):
     assert made[1].teacher is None
 
 
+def test_of_a_teacher_its_likeliest_tokens_teach_the_same_where_these_are_all(llama):
+    likeliest = [train(llama, "qat", "int3-g32", loss="kl", steps=5, **c) for c in (
+        {}, {"cache_teacher": True, "teacher_top_k": 10_000}, {"cache_teacher": True, "teacher_top_k": 2}
+    )]  # fmt: skip
+    asked, all_of_them, two = ([row["loss"] for row in m.log.curve] for m in likeliest)
+    assert all_of_them == pytest.approx(asked, rel=1e-3)
+    assert two[0] < 0.9 * asked[0]
+    assert likeliest[1].teacher is None
+
+
 def test_a_cache_without_a_teacher_is_refused(llama):
     with pytest.raises(InputError, match="--loss kl"):
         train(llama, "qat", "int3-g32", cache_teacher=True)
@@ -265,6 +275,7 @@ def test_a_grid_over_codes_is_merged_exactly_whatever_adapts_them(tmp_path, llam
         ("qat", "W4A16", {"steps": 3, "fake_quant_after_n_steps": 3}, None, "none of 3 steps"),
         ("full", None, {"fake_quant_after_n_steps": 1}, None, "nothing is seen through a grid"),
         ("qat", "W4A16", {"cache_teacher": True}, None, "--loss kl"),
+        ("qat", "W4A16", {"loss": "kl", "teacher_top_k": 64}, None, "--cache-teacher"),
         ("full", None, {"r": 8}, None, "does not take r"),
         ("lora", None, {"init_lora_weights": "eva", "eval_split": 0.1}, None, "--eval-data FILE"),
         ("qat", "W4A16", {"eval_split": 0.1}, "gptq", "--eval-data FILE"),

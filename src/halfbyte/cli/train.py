@@ -49,6 +49,7 @@ def command(
     cache_teacher: Annotated[
         bool, typer.Option("--cache-teacher", help="Run it once; keep its states on disk.")
     ] = False,
+    teacher_top_k: Annotated[int | None, typer.Option(help="Or the likeliest tokens alone, as many.")] = None,
     init: Annotated[str | None, typer.Option(help="The solver whose codes qat, qat-lora, scales begin from.")] = None,
     scale_lr_ratio: Annotated[float, typer.Option(help="The rate of scales that are learned, over --lr.")] = 1.0,
     loraplus_lr_ratio: Annotated[float, typer.Option(help="The rate of LoRA's B, over --lr (LoRA+).")] = 1.0,

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from halfbyte import adapters, data, evaluate, layers, resume
-from halfbyte.distill import Distillation, Remembered, asked
+from halfbyte.distill import Distillation, asked, kl_of_likeliest, likeliest, remembered
 from halfbyte.errors import InputError
 from halfbyte.run import FORM, Run
 from halfbyte.steps.step import Positive, Step, check_length, pad_id, read
@@ -40,8 +40,10 @@ class Train(Step):
     scale_lr_ratio, loraplus_lr_ratio: the learning rates of scales and zeros, where other parameters are trained with
     them, and of LoRA's B (LoRA+, arXiv:2402.12354), over learning_rate. norms: whether norms are trained beside scales.
     fake_quant_after_n_steps: steps in which nothing is seen through its grid yet. cache_teacher: whether the teacher is
-    run once, its last hidden states kept on disk beside the output and its head run on them in every step. bf16:
-    whether products are computed in bfloat16 (torch.autocast) where the model is in float32; what is trained stays so.
+    run once, its last hidden states kept on disk beside the output and its head run on them in every step.
+    teacher_top_k: what is kept instead are that many of the likeliest tokens, which takes less where a model is wide,
+    and nothing of the teacher stays in memory. bf16: whether products are computed in bfloat16 (torch.autocast) where
+    the model is in float32; what is trained stays so.
     """
 
     data: Any
@@ -59,6 +61,7 @@ class Train(Step):
     norms: bool = False
     fake_quant_after_n_steps: Annotated[int, Field(ge=0)] = 0
     cache_teacher: bool = False
+    teacher_top_k: Positive | None = None
     bf16: bool = False
     lr_scheduler_type: str = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
@@ -122,6 +125,8 @@ class Train(Step):
     def _known(self) -> Self:
         if self.cache_teacher and self.loss == "ce":
             raise InputError("--cache-teacher: the loss asks no teacher; add --loss kl or --loss both.")
+        if self.teacher_top_k is not None and not self.cache_teacher:
+            raise InputError("--teacher-top-k says what of a teacher is kept: add --cache-teacher.")
         if self.steps is not None:
             self._check_warm_up(self.steps)
         return self
@@ -166,15 +171,18 @@ class Train(Step):
             return loss_sum
         if run.teacher is None:
             raise InputError(f"loss {self.loss} needs a teacher: add a teacher step before what changes the weights.")
+        share = SHARES[self.loss]
         if not self.cache_teacher:
-            return Distillation(asked(run.teacher), SHARES[self.loss])
-        head = run.teacher.get_output_embeddings()
+            return Distillation(asked(run.teacher), share)
+        once = min(args.steps * args.gradient_accumulation_steps, math.ceil(len(rows) / self.batch_size))
+        batches, file = islice(self._stream(rows, run), once), folder / "teacher"
+        teacher, run.teacher = run.teacher, None
+        if self.teacher_top_k is not None:
+            return Distillation(likeliest(teacher, self.teacher_top_k, batches, file), share, kl_of_likeliest)
+        head = teacher.get_output_embeddings()
         if head is None:
             raise InputError("--cache-teacher: this model has no head to be run again; leave it out.")
-        once = min(args.steps * args.gradient_accumulation_steps, math.ceil(len(rows) / self.batch_size))
-        kept = Remembered(run.teacher, head, islice(self._stream(rows, run), once), folder / "states")
-        run.teacher = None  # of which the head is left
-        return Distillation(kept, SHARES[self.loss])
+        return Distillation(remembered(teacher, head, batches, file), share)
 
     def _in_bf16(self, loss_of: LossOf) -> LossOf:
         if not self.bf16:
