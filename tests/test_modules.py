@@ -181,10 +181,11 @@ IN_TRAINING = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("learn", [False, True], ids=["found", "learned"])
 @pytest.mark.parametrize("to", IN_TRAINING, ids=str)
-def test_what_was_trained_is_what_is_frozen(tmp_path, to):
+def test_what_was_trained_is_what_is_frozen(tmp_path, to, learn):
     held = images(32)
-    model = halfbyte.prepare_qat(folded(), to, calibration=[held.pixels, (held.pixels,), {"x": held.pixels}])
+    model = halfbyte.prepare_qat(folded(), to, [held.pixels, (held.pixels,), {"x": held.pixels}], learn)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     fit(model, 3)
     assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters())
@@ -202,6 +203,24 @@ def test_what_was_trained_is_what_is_frozen(tmp_path, to):
     other.load_state_dict(torch.load(tmp_path / "m.pt", weights_only=True))
     with torch.no_grad():
         assert torch.equal(other.eval()(held.pixels), wanted)
+
+
+def test_scales_are_learned_from_those_that_rounding_has():
+    held, model = images(32), folded()
+    rounded = halfbyte.quantize(copy.deepcopy(model), "W4A8").eval()
+    halfbyte.prepare_qat(model, "W4A8", learn=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(held.pixels), rounded(held.pixels))
+    scales = [n for n, p in model.named_parameters() if n.endswith("grid.scale") and p.requires_grad]
+    assert len(scales) == len([n for n, p in model.named_parameters() if n.endswith("stored") and p.requires_grad]) > 0
+
+
+def test_a_weight_that_two_layers_share_is_seen_through_one_grid():
+    model = nn.Sequential(nn.Embedding(16, 64), nn.Linear(64, 16, bias=False))
+    model[1].weight = model[0].weight
+    halfbyte.prepare_qat(model, [{"match": ".*", "weight": "int4-g32"}], learn=True)
+    assert model[0].weight is model[1].weight
+    assert sum(n.endswith("grid.scale") for n, _ in model.named_parameters()) == 1
 
 
 def test_any_loop_trains_it():
@@ -242,6 +261,9 @@ def test_what_cannot_be_trained_is_refused():
         halfbyte.prepare_qat(halfbyte.quantize(folded(), "W8A8"), "W8A8")
     with pytest.raises(InputError, match="give calibration=BATCHES"):
         halfbyte.prepare_qat(folded(), "W8A8_STATIC")
+    model = nn.Sequential(nn.Linear(64, 64))
+    with pytest.raises(InputError, match=r"nf4-g64-dq.* quantized themselves"):
+        halfbyte.prepare_qat(model, [{"match": ".*", "weight": "nf4-g64-dq"}], learn=True)
     with pytest.raises(InputError, match="call prepare_qat before"):
         halfbyte.freeze(folded())
     with pytest.raises(InputError, match="inputs of stem hold NaN"):

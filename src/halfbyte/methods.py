@@ -8,13 +8,14 @@ from typing import Any
 
 from halfbyte import adapters
 from halfbyte.errors import InputError
-from halfbyte.formats import Format, parse
+from halfbyte.formats import parse
 from halfbyte.layers import weights
 from halfbyte.qtensor import no_shift
 from halfbyte.run import Run
 from halfbyte.scheme import Mix, Scheme, to_scheme
 from halfbyte.solvers import SOLVERS, solver
 from halfbyte.steps import SHARES, Adapt, Dequantize, Freeze, Grid, Merge, Step, Teacher, Train
+from halfbyte.weight import check_learnable
 
 
 @dataclass(frozen=True)
@@ -193,11 +194,11 @@ def _reads_text(init: str | None, adapt: Mapping[str, Any]) -> str | None:
 def _check_learnable(method: str, to: Any) -> None:
     chosen = to_scheme(to)
     for rule in chosen.rules if isinstance(chosen, Scheme) else ():
-        if rule.weight is not None and isinstance(rule.weight.scale, Format):
-            raise InputError(
-                f"--method {method} --to {chosen.name}: scales of {rule.weight} are quantized themselves and cannot be "
-                "trained."
-            )
+        if rule.weight is not None:
+            try:
+                check_learnable(rule.weight)
+            except InputError as e:
+                raise InputError(f"--method {method} --to {chosen.name}: {e}") from None
 
 
 def _sees(step: Step) -> bool:

@@ -16,6 +16,7 @@ from halfbyte.observe import observe
 from halfbyte.plan import Entry, plan
 from halfbyte.qtensor import QParams, QTensor
 from halfbyte.scheme import Mix, Scheme, custom, scheme, static
+from halfbyte.weight import check_learnable
 
 M = TypeVar("M", bound=nn.Module)
 Rules = list[dict[str, str]]
@@ -51,22 +52,33 @@ def quantize(w: Any, format: Any, qparams: QParams | None = None, calibration: I
     return m
 
 
-def prepare_qat(m: nn.Module, format: str | Scheme | Rules, calibration: Iterable[Any] = ()) -> nn.Module:
+def prepare_qat(
+    m: nn.Module, format: str | Scheme | Rules, calibration: Iterable[Any] = (), learn: bool = False
+) -> nn.Module:
     """Makes any nn.Module, in place, one whose training sees what it will ship as: the weights that `quantize` would
     make codes are seen through a Grid, inputs through their format, gradients straight through (arXiv:1308.3432). In
     eval it computes what `freeze` makes of it, to the bit. Train it with any loop, halfbyte.train.train too.
 
-    Arguments and errors: as quantize has them. Static scales are found once, here, and stand still in training: weights
-    learn to live with them. Raises InputError also for weights that are codes already, which have nothing to train.
+    Arguments and errors: as quantize has them. learn: whether the scales of weights are parameters too (LSQ,
+    arXiv:1902.08153), from those that quantize finds; else they are found anew in every forward. Static scales of
+    inputs are found once, here, and stand still in training: weights learn to live with them. Raises InputError also
+    for weights that are codes already, which have nothing to train.
     """
     batches = list(calibration)
     m, chosen = _planned(m, format, batches)
     for name, (op, _) in chosen.items():
         if isinstance(op.weight.stored, Codes):
             raise InputError(f"{name} is codes already: train the float weights that they were made from.")
-    for op, e in chosen.values():
-        if e.after is not None:
-            op.weight.grid = Grid(e.after)
+    held = {id(op.weight): (op.weight, e.after) for op, e in chosen.values() if e.after is not None}
+    for _, f in held.values() if learn else ():
+        check_learnable(f)
+    for w, f in held.values():
+        if not learn:
+            w.grid = Grid(f)
+            continue
+        floats, trained = w.base().detach(), isinstance(w.stored, Tensor) and w.stored.requires_grad
+        w.see_through(kernels.quantize(floats, f), floats)
+        w.stored.requires_grad_(trained)
     _round_inputs(m, chosen, batches)
     return m
 

@@ -21,10 +21,10 @@ def moved(t: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     return torch.empty_like(t, device=device) if t.is_meta else t.to(device)
 
 
-def check_learnable(q: QTensor) -> None:
+def check_learnable(f: Format) -> None:
     """Raises InputError where no scale can be learned."""
-    if isinstance(q.parts["scale"], QTensor):
-        raise InputError(f"{q.format}: its scales are quantized themselves and cannot be trained.")
+    if isinstance(f.scale, Format):
+        raise InputError(f"{f}: its scales are quantized themselves and cannot be trained.")
 
 
 class Codes(nn.Module):
@@ -43,7 +43,7 @@ class Codes(nn.Module):
         for name, part in tensors.items():
             self.register_buffer(self._names[name], part.detach())
         if learn:
-            check_learnable(q)
+            check_learnable(q.format)
             for name in ("scale", "zero"):
                 part = tensors.get(name)
                 if part is not None and part.is_floating_point():
@@ -314,7 +314,7 @@ class Weight(nn.Module):
     def see_through(self, q: QTensor, w: Tensor) -> None:
         """Stores the floats nearest to w (out, in) that q's scales round to its codes, and sees them through a grid
         that learns these scales: the value is what q stands for. Raises InputError where no scale can be learned."""
-        check_learnable(q)
+        check_learnable(q.format)
         near = proxy.nearest(w, q).to(w.dtype)  # which may round it out of its cell
         same = kernels.quantize(near, q.format, q.qparams).codes.reshape(w.shape) == q.codes.reshape(w.shape)
         self.store(torch.where(same, near, q.dequantize().to(w.dtype)))
