@@ -11,6 +11,7 @@ from halfbyte import kernels
 from halfbyte.adapters import lora
 from halfbyte.errors import InputError
 from halfbyte.formats import FORMATS
+from halfbyte.kernels import proxy
 from halfbyte.layers import Codes, Embedding, Grid, Linear, Weight, ops, swap, weights
 
 IDS = torch.arange(20).reshape(2, 10)
@@ -362,6 +363,22 @@ def test_the_scale_gradient_is_damped_as_in_the_paper():
     plain = p.scale.clone().requires_grad_()
     kernels.fake(w, f, type(p)(plain)).backward(grad)
     torch.testing.assert_close(grid.scale.grad, plain.grad / (32 * 8) ** 0.5)
+
+
+def test_small_steps_leave_a_solvers_codes():
+    """Also those of weights that it rounded away from their floats, whose nearest such point is on a border."""
+    w = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    q = kernels.quantize(w, "int4-g32")
+    codes = q.codes.reshape(16, 64)
+    away = proxy.with_codes(q, (codes.int() + 1 - 2 * (torch.arange(64) % 2)).clamp(0, 15).to(torch.uint8))
+    seen = Weight(nn.Parameter(w.clone()))
+    seen.see_through(away, w)
+    floats, step = seen.stored.detach().clone(), q.qparams.scale.repeat_interleave(32, 1)
+    assert (floats - w).abs().mean() < (away.dequantize() - w).abs().mean()
+    for by in (0.0, 0.04, -0.04):
+        with torch.no_grad():
+            seen.stored.copy_(floats + by * step)
+        assert torch.equal(seen.frozen().codes, away.codes)
 
 
 @pytest.mark.usefixtures("torch_products")

@@ -1,6 +1,6 @@
 """Training that knows the format it ships in: what it wins back, and what it costs.
 
-    python benchmarks/qat [--only kl,int8,w4,roads,ranks,steps] [--steps 60] [--train] [--windows 6] [--json FILE]
+    python benchmarks/qat [--only kl,domain,roads,ranks,steps] [--steps 36] [--train] [--windows 6] [--json FILE]
     python benchmarks/qat --table FILE ...
 
 The model is SmolLM2-135M off its grid (benchmarks/accuracy/setting.py), the text what it is calibrated on there: 4 rows
@@ -25,8 +25,8 @@ import trials
 from setting import Setting
 
 SECTIONS = {
-    "kl": trials.held_to_the_teacher, "int8": trials.eight_bits, "w4": trials.four_bits, "roads": trials.roads,
-    "ranks": costs.ranks, "steps": costs.steps,
+    "kl": trials.held_to_the_teacher, "domain": trials.domain, "roads": trials.roads, "ranks": costs.ranks,
+    "steps": costs.steps,
 }  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, " + ",".join(SECTIONS))
     parser.add_argument("--rows", help="of a section: those whose name holds this")
     parser.add_argument("--rates", help="learning rates, instead of each row's own")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=36)
     parser.add_argument("--windows", type=int, default=6)
     parser.add_argument("--train", action="store_true", help="measure on windows of the training part")
     parser.add_argument("--json", type=Path)

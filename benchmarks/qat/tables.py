@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 TITLES = {
-    "kl": "Held to the float model (KL to it)", "int8": "8 bits, inputs too, beside full precision trained alike",
-    "w4": "4 bits, beside full precision trained alike", "roads": "A fine-tune in 4 bits, on docstrings",
+    "kl": "Held to the float model (KL to it)", "domain": "Trained on prose, beside full precision trained alike",
+    "roads": "A fine-tune in 4 bits, on docstrings",
     "ranks": "LoRA by rank, on docstrings", "steps": "A step",
 }  # fmt: skip
 
@@ -47,7 +47,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         *((f"KL after, {t}", lambda r, t=t: _kl(r[t])) for t in ("prose", "docstrings")),
         ("loss, prose", lambda r: _loss(r["prose"])),
     ),
-    "int8": _AGAINST, "w4": _AGAINST, "roads": (*_NAME, _TIME, *_LOSSES),
+    "domain": _AGAINST, "roads": (*_NAME, _TIME, *_LOSSES),
     "ranks": (*_NAME, ("trainable", lambda r: f"{r['trainable']:,}"), _TIME, *_LOSSES),
     "steps": (
         ("what", lambda r: r["what"]), ("method", lambda r: r["name"]), ("seconds", lambda r: f"{r['seconds']:.2f}"),

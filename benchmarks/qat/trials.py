@@ -118,33 +118,29 @@ def held_to_the_teacher(setting: Setting, asked: Asked) -> Iterator[dict]:
         yield {"what": t.to, "name": t.name, "rate": t.rate, **found.row, **measured(setting, found.there)}
 
 
-def _beside_full(setting: Setting, asked: Asked, to: str, trials: tuple[Trial, ...]) -> Iterator[dict]:
+def domain(setting: Setting, asked: Asked) -> Iterator[dict]:
     """A model fine-tuned in full precision, quantized afterwards, and those trained through the format, on the same
     text for the same steps: each against the first."""
     full = Trial("full precision", "full", 2e-5)
     best = trained(setting, full, asked)
     yield {"what": "float32", "name": full.name, "rate": full.rate, **best.row,
            **against(setting, best.there, setting.reference)}  # fmt: skip
-    for solver in ("rtn", "gptq"):
+    rows = setting.calibration("prose", SAMPLES["gptq"])
+    for to, solver in (("W8A8", "rtn"), ("W8A8", "gptq"), (W4, "rtn"), (W4, "gptq")):
         there = setting.copy()
         there.model.load_state_dict(best.there.model.state_dict())
-        rows = setting.calibration("prose", SAMPLES["gptq"])
         with torch.no_grad():
             Freeze(scheme=to, solver=solver, calibration=rows if solver == "gptq" else "none", samples=len(rows))(there)
         yield {"what": to, "name": f"full precision, then {solver}", "rate": full.rate,
                **against(setting, there, best.there)}  # fmt: skip
+    trials = (
+        Trial("qat", "qat", 2e-5, "W8A8"),
+        Trial("qat", "qat", 2e-5, W4),
+        Trial("gptq, qat", "qat", 2e-5, W4, "gptq"),
+    )
     for t in chosen(trials, asked):
         found = trained(setting, t, asked)
-        yield {"what": to, "name": t.name, "rate": t.rate, **found.row, **against(setting, found.there, best.there)}
-
-
-def eight_bits(setting: Setting, asked: Asked) -> Iterator[dict]:
-    yield from _beside_full(setting, asked, "W8A8", (Trial("qat", "qat", 2e-5, "W8A8"),))
-
-
-def four_bits(setting: Setting, asked: Asked) -> Iterator[dict]:
-    trials = (Trial("qat", "qat", 2e-5, W4), Trial("gptq, qat", "qat", 2e-5, W4, "gptq"))
-    yield from _beside_full(setting, asked, W4, trials)
+        yield {"what": t.to, "name": t.name, "rate": t.rate, **found.row, **against(setting, found.there, best.there)}
 
 
 def roads(setting: Setting, asked: Asked) -> Iterator[dict]:

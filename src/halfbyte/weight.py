@@ -14,6 +14,8 @@ from halfbyte.formats import Format
 from halfbyte.kernels import proxy
 from halfbyte.qtensor import QParams, QTensor, added, shifted, unshiftable
 
+MARGIN = 0.1
+
 
 def moved(t: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     """t where `fn`, which nn.Module gives to _apply, would put it; in its own dtype."""
@@ -312,12 +314,16 @@ class Weight(nn.Module):
 
     @torch.no_grad()
     def see_through(self, q: QTensor, w: Tensor) -> None:
-        """Stores the floats nearest to w (out, in) that q's scales round to its codes, and sees them through a grid
-        that learns these scales: the value is what q stands for. Raises InputError where no scale can be learned."""
+        """Stores floats that q's scales round to its codes, near w (out, in), and sees them through a grid that learns
+        these scales: the value is what q stands for. Raises InputError where no scale can be learned.
+
+        A solver rounds many weights away from w. The nearest that has such a code lies on the border of its cell, where
+        the first step of any size would undo what was solved: all keep MARGIN of their way to the code's value."""
         check_learnable(q.format)
-        near = proxy.nearest(w, q).to(w.dtype)  # which may round it out of its cell
+        value = q.dequantize().float()
+        near = proxy.nearest(w, q).lerp_(value, MARGIN).to(w.dtype)  # which may round it out of its cell
         same = kernels.quantize(near, q.format, q.qparams).codes.reshape(w.shape) == q.codes.reshape(w.shape)
-        self.store(torch.where(same, near, q.dequantize().to(w.dtype)))
+        self.store(torch.where(same, near, value.to(w.dtype)))
         self.grid = Grid(q.format, learned=q.qparams)
 
     @torch.no_grad()
