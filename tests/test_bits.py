@@ -120,7 +120,7 @@ def test_a_limit_that_nothing_meets_gives_the_nearest(made):
     best = climb()
     assert best.kl > climb.limit
     assert best.kl == min(t.kl for t in climb.tries)
-    assert len(climb.tries) == 2  # the most bits there are, by either solver
+    assert [t.solver for t in climb.tries] == ["rtn", "gptq", "autoround"]  # the most bits there are, by each
     assert best.as_dict()["kl_mean"] == best.kl
 
 

@@ -22,7 +22,8 @@ from halfbyte.scheme import SCHEMES, Rule, Scheme
 from halfbyte.solvers import solver
 from halfbyte.steps import Calibrated, Freeze, check_length, is_word, read
 
-CLIMB = ("rtn", "gptq")  # solvers that a limit of KL is tried with; others take too long to be tried unasked
+CLIMB = ("rtn", "gptq", "autoround")  # solvers that a limit of KL is tried with
+LAST = "autoround"  # takes so long that it is tried where no other came within the limit
 TRIES = 3  # with each solver
 NEAR = 0.9  # of the limit: what comes so near is not tried to be made smaller
 AIM = 0.97  # of the limit: what is aimed at, since a prediction that is met by half would cost a try
@@ -191,10 +192,13 @@ class Climb:
     def __call__(self, solvers: Sequence[str] = CLIMB) -> Try:
         """The smallest try that meets the limit, or else the one that came nearest. A solver's first try is as large as
         predicted to do; what is then measured corrects the prediction, which is off by the same factor for all sizes,
-        for the next. A try that does not meet the limit with the most bytes ends a solver."""
+        for the next. A try that does not meet the limit with the most bytes ends a solver. LAST only tries where no
+        other has met it."""
         reference = evaluate.Reference(self.run.model, keep=_KEEP)
         scale, best, nearest = 1.0, None, None
         for i, name in enumerate(solvers):
+            if name == LAST and best is not None:
+                break
             scale *= BETTER if i and solver(name).needs_data else 1.0
             seen: set[int] = set()
             for _ in range(TRIES):

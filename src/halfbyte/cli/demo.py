@@ -118,7 +118,7 @@ class Demo:
     def _train(self, method: str, data: str, name: str, **settings: Any) -> Path:
         """Trains by a method, measures, saves. Returns the folder."""
         from halfbyte import run
-        from halfbyte.methods import method_steps
+        from halfbyte.methods import METHODS, method_steps
 
         made = run.load(self.base, seed=self.seed)
         to = settings.pop("to", None)
@@ -128,7 +128,9 @@ class Demo:
             step(made)
         made.loaded.source = str(self.final / "base")  # where the base will be once all is done
         folder = self._save(made, name)
-        self.measure(made, f"{method} on {data.split('-')[0]}")
+        ships = METHODS[method].needs_scheme and not METHODS[method].adapts
+        told = f"{method} on {data.split('-')[0]}"
+        self.measure(made, f"{told}: {to} as trained" if ships else told, folder if ships else None)
         if "docstrings" in data:
             self.answers[f"after {method} on docstrings"] = self.answer(made)
         return folder
@@ -154,9 +156,10 @@ class Demo:
         self._merge(adapter, "qlora-original-w4a16", "qlora onto the 16-bit base, to W4A16", "W4A16", "original")
 
     def train_through_the_grid(self) -> None:
-        """QAT-LoRA on the domain text, and what merging it ships."""
+        """QAT-LoRA on the domain text, and what merging it ships; QAT of all weights."""
         adapter = self._train("qat-lora", "domain-train.jsonl", "qat-lora-domain", to="W4A16")
         self._merge(adapter, "qat-lora-w4a16", "qat-lora merged: W4A16 as trained")
+        self._train("qat", "domain-train.jsonl", "qat-domain", to="W4A16", learning_rate=6e-5)
 
     def table(self, seconds: float) -> str:
         """The ledger side by side, and the prompt answered before and after."""
