@@ -15,7 +15,7 @@ from halfbyte import evaluate
 from halfbyte.layers import Codes, weights
 from halfbyte.methods import merge_steps, method_steps
 from halfbyte.run import Run
-from halfbyte.steps import Freeze, Merge, Train
+from halfbyte.steps import Freeze, Merge, Train, Transform
 
 BATCH = 4  # rows of LENGTH tokens a step
 SAMPLES = {"gptq": 16, "autoround": 64}  # rows that a solver is given
@@ -33,7 +33,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class Trial:
-    """A training. init: the solver that its codes begin from. more: settings of Train and Adapt."""
+    """A training. first: transforms of the float model before it. init: the solver that its codes begin from. more:
+    settings of Train and Adapt."""
 
     name: str
     method: str
@@ -42,6 +43,7 @@ class Trial:
     init: str | None = None
     loss: str = "ce"
     text: str = "prose"
+    first: tuple[str, ...] = ()
     more: dict[str, Any] = field(default_factory=dict)
 
 
@@ -72,6 +74,7 @@ def trained(setting: Setting, t: Trial, asked: Asked) -> Result:
     there, rows = setting.copy(), setting.training(t.text)
     settings = {"data": rows, "steps": asked.steps, "batch_size": BATCH, "max_length": LENGTH,
                 "learning_rate": t.rate, "loss": t.loss, "bf16": True, **t.more}  # fmt: skip
+    transformed(setting, there, t.first, t.to)
     begun, solving, began = None, 0.0, time.perf_counter()
     for step in method_steps(t.method, t.to, settings, init=t.init):
         if isinstance(step, Freeze) and step.solver in SAMPLES:
@@ -83,6 +86,13 @@ def trained(setting: Setting, t: Trial, asked: Asked) -> Result:
         with torch.set_grad_enabled(isinstance(step, Train)):
             step(there)
     return Result(there, begun, time.perf_counter() - began, solving)
+
+
+@torch.no_grad()
+def transformed(setting: Setting, there: Run, names: tuple[str, ...], to: str | None) -> None:
+    for name in names:
+        rows = setting.calibration("prose", SAMPLES["gptq"])
+        Transform(name=name, scheme=to, untie=True, calibration=rows, samples=len(rows))(there)
 
 
 _SOLVED: dict[tuple[str, str], tuple[Run, float]] = {}
@@ -148,15 +158,19 @@ def domain(setting: Setting, asked: Asked) -> Iterator[dict]:
     yield {"what": "float32", "name": full.name, "rate": full.rate, **best.row,
            **against(setting, best.there, setting.reference)}  # fmt: skip
     rows = setting.calibration("prose", SAMPLES["gptq"])
-    for to, solver in (("W8A8", "rtn"), ("W8A8", "gptq"), (W4, "rtn"), (W4, "gptq")):
+    even = ("hadamard", "smooth")
+    roads = (("W8A8", "rtn", ()), ("W8A8", "gptq", ()), ("W8A8", "gptq", even), (W4, "rtn", ()), (W4, "gptq", ()))
+    for to, solver, first in roads:
         there = setting.copy()
         there.model.load_state_dict(best.there.model.state_dict())
+        transformed(setting, there, first, to)
         with torch.no_grad():
             Freeze(scheme=to, solver=solver, calibration=rows if solver == "gptq" else "none", samples=len(rows))(there)
-        yield {"what": to, "name": f"full precision, then {solver}", "rate": full.rate,
+        yield {"what": to, "name": f"full precision, then {', '.join((*first, solver))}", "rate": full.rate,
                **against(setting, there, best.there)}  # fmt: skip
     trials = (
         Trial("qat", "qat", 2e-5, "W8A8"),
+        Trial("hadamard, smooth, qat", "qat", 2e-5, "W8A8", first=even),
         Trial("qat", "qat", 2e-5, W4),
         Trial("gptq, qat", "qat", 2e-5, W4, "gptq"),
     )
