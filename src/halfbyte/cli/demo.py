@@ -159,7 +159,7 @@ class Demo:
         """QAT-LoRA on the domain text, and what merging it ships; QAT of all weights."""
         adapter = self._train("qat-lora", "domain-train.jsonl", "qat-lora-domain", to="W4A16")
         self._merge(adapter, "qat-lora-w4a16", "qat-lora merged: W4A16 as trained")
-        self._train("qat", "domain-train.jsonl", "qat-domain", to="W4A16", learning_rate=6e-5)
+        self._train("qat", "domain-train.jsonl", "qat-domain", to="W4A16", learning_rate=2e-4)
 
     def table(self, seconds: float) -> str:
         """The ledger side by side, and the prompt answered before and after."""
