@@ -1,7 +1,7 @@
 """Accuracy per bit: our solvers, files and choices of formats beside the peers', on text that nothing was chosen on.
 
     python benchmarks/accuracy [--only floor,eight,w4,w3,w2,mixes,ik,sizes] [--windows 6] [--calibration 16]
-        [--text prose] [--peers PYTHON] [--ik PROGRAM] [--json FILE]
+        [--rows gptq,...] [--text prose] [--peers PYTHON] [--ik PROGRAM] [--json FILE]
     python benchmarks/accuracy --table FILE ...
 
 The model is SmolLM2-135M off its grid (see setting.py). Every row is measured on held-out windows of two domains, of
@@ -33,6 +33,7 @@ SECTIONS = "floor,eight,w4,w3,w2,mixes,ik,sizes"
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=SECTIONS, help="sections, " + SECTIONS)
+    parser.add_argument("--rows", help="solvers and peers of eight, w4, w3 and w2, all of them if left out")
     parser.add_argument("--windows", type=int, default=6)
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--calibration", type=int, default=16, help="rows of 512 tokens")
@@ -53,10 +54,10 @@ def section(name: str, setting: Setting, args: argparse.Namespace) -> Iterator[d
     if name == "floor":
         same = {"what": "bfloat16", "by": "the reference itself", "calibration": "", "MB": 269.0, "seconds": None}
         yield {**same, **setting.noise_floor()}
-    elif name == "eight":
-        yield from projections.measured(setting, projections.EIGHT, text, args.peers)
-    elif name in ("w4", "w3", "w2"):
-        yield from projections.measured(setting, projections.WEIGHTS[int(name[1])], text, args.peers)
+    elif name in projections.SECTIONS:
+        named = None if args.rows is None else args.rows.split(",")
+        rows = tuple(r for r in projections.SECTIONS[name] if named is None or r.name in named)
+        yield from projections.measured(setting, rows, text, args.peers)
     elif name == "mixes":
         made = lambda folder: files.by_mix(setting, folder, args.mixes, text, text == "prose")  # noqa: E731
         yield from files.measured(setting, made, None)

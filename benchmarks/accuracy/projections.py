@@ -48,8 +48,8 @@ class Peer:
     rows: int | None = None
 
 
-WEIGHTS = {
-    bits: (
+SECTIONS: dict[str, tuple[Ours | Peer, ...]] = {
+    f"w{bits}": (
         Ours(f"int{bits}-g{GROUP}", "rtn"), Ours(f"uint{bits}-g{GROUP}-affine", "hqq"), Peer("hqq", bits),
         Ours(f"int{bits}-g{GROUP}", "gptq"), Peer("llmcompressor", bits),
         Peer("autoround", bits, iterations=50, rows=32), Ours(f"int{bits}-g{GROUP}", "autoround", rows=64),
@@ -57,7 +57,7 @@ WEIGHTS = {
     )
     for bits in (4, 3, 2)
 }  # fmt: skip
-EIGHT = (
+SECTIONS["eight"] = (
     Ours("int8-channel", "rtn"), Ours("int8-channel", "gptq"), Ours("W8A8", "rtn"), Ours("W8A8", "gptq"),
     Ours("W8A8", "rtn", ("hadamard", "smooth")), Ours("W8A8", "gptq", ("hadamard", "smooth")),
     Ours("W8A8_STATIC", "gptq", ("hadamard", "smooth")), Ours("W4A8", "gptq", ("hadamard",)),

@@ -59,22 +59,28 @@ class Setting:
     def references(self) -> dict[str, evaluate.Reference]:
         return {k: evaluate.Reference(self.reference.model, keep=2_000_000_000) for k in self.texts}
 
+    def _written(self, rows: int) -> data.Dataset:
+        """So many rows that the model writes itself, which takes long."""
+        found = self._known.get("self")
+        if found is None or len(found) < rows:
+            found = self_samples.sample(self.reference.model, self.reference.tokenizer, rows, LENGTH)
+            self._known["self"] = found
+        return found
+
     def training(self, name: str) -> data.Dataset:
-        """All rows of LENGTH tokens that calibration is taken from."""
+        """All rows of LENGTH tokens of a text that calibration is taken from."""
         if name not in self._known:
             self._known[name] = self._calibration(name)
         return self._known[name]
 
     def calibration(self, name: str, rows: int | None = None) -> data.Dataset:
         """Rows of LENGTH tokens: of one of TEXTS' training part, or "self"."""
-        found = self.training(name)
         wanted = rows or self.rows
+        found = self._written(wanted) if name == "self" else self.training(name)
         assert len(found) >= wanted, f"{name} has {len(found)} rows, not {wanted}."
         return replace(found, rows=found.rows[:wanted])
 
     def _calibration(self, name: str) -> data.Dataset:
-        if name == "self":
-            return self_samples.sample(self.reference.model, self.reference.tokenizer, self_samples.ROWS, LENGTH)
         # all that a record says, as text: peers take whole rows of tokens
         texts = [{"text": r.get("text") or r["prompt"] + r["completion"]} for r in TEXTS[name]()["train"]]
         found = data.windows(data.records(texts), self.reference.tokenizer, LENGTH)
