@@ -153,7 +153,7 @@ def held_to_the_teacher(setting: Setting, asked: Asked) -> Iterator[dict]:
 def domain(setting: Setting, asked: Asked) -> Iterator[dict]:
     """A model fine-tuned in full precision, quantized afterwards, and those trained through the format, on the same
     text for the same steps: each against the first."""
-    full = Trial("full precision", "full", 2e-5)
+    full = Trial("full precision", "full", 2e-4)
     best = trained(setting, full, asked)
     yield {"what": "float32", "name": full.name, "rate": full.rate, **best.row,
            **against(setting, best.there, setting.reference)}  # fmt: skip
@@ -169,10 +169,10 @@ def domain(setting: Setting, asked: Asked) -> Iterator[dict]:
         yield {"what": to, "name": f"full precision, then {', '.join((*first, solver))}", "rate": full.rate,
                **against(setting, there, best.there)}  # fmt: skip
     trials = (
-        Trial("qat", "qat", 2e-5, "W8A8"),
-        Trial("hadamard, smooth, qat", "qat", 2e-5, "W8A8", first=even),
-        Trial("qat", "qat", 2e-5, W4),
-        Trial("gptq, qat", "qat", 2e-5, W4, "gptq"),
+        Trial("qat", "qat", 2e-4, "W8A8"),
+        Trial("hadamard, smooth, qat", "qat", 2e-4, "W8A8", first=even),
+        Trial("qat", "qat", 2e-4, W4),
+        Trial("gptq, qat", "qat", 2e-4, W4, "gptq", more={"scale_lr_ratio": 0.1}),
     )
     for t in chosen(trials, asked):
         found = trained(setting, t, asked)
