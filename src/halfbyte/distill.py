@@ -25,113 +25,6 @@ _ROWS = 256  # whose distributions are in memory at a time
 Predicts = Callable[[Batch], Tensor]  # a teacher: of a batch's targets the logits, (targets, vocabulary), or others
 
 
-@dataclass(frozen=True)
-class Distillation:
-    """A loss as `train` takes it. share: of the divergence from the teacher; the rest is cross-entropy. apart: how far
-    the student's logits are from what the teacher gives."""
-
-    teacher: Predicts
-    share: float = 1.0
-    apart: Callable[[Tensor, Tensor], Tensor] | None = None  # as logits are
-
-    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Summed over the batch's targets, in float32."""
-        with torch.no_grad():
-            theirs = self.teacher(batch)
-        ours, labels = targets(model, batch)
-        loss = self.share * (self.apart or kl)(ours, theirs)
-        if self.share < 1:
-            loss = loss + (1 - self.share) * nn.functional.cross_entropy(ours.float(), labels, reduction="sum")
-        return loss
-
-
-def asked(teacher: nn.Module) -> Predicts:
-    """A teacher that is run on every batch."""
-    return lambda batch: targets(teacher, batch)[0]
-
-
-class Kept:
-    """What a teacher says of every target, found once and kept in a file."""
-
-    @torch.no_grad()
-    def __init__(self, found: Predicts, batches: Iterable[Batch], file: Path) -> None:
-        """found: of a batch, (targets, width), of one dtype. Raises InputError for labels of whole texts."""
-        self._where: dict[bytes, tuple[int, int]] = {}
-        count, rows = 0, torch.empty(0, 1)
-        with file.open("wb") as f:
-            for batch in batches:
-                if batch.labels.ndim == 1:
-                    raise InputError("--cache-teacher keeps what is said of tokens; leave it out for labels.")
-                rows, (keys, counts) = found(batch), _rows(batch)
-                for row, key in zip(rows.split(counts), keys, strict=True):
-                    if key not in self._where:
-                        f.write(row.contiguous().view(torch.uint8).numpy().tobytes())
-                        self._where[key] = count, len(row)
-                        count += len(row)
-        self._dtype, self._width = rows.dtype, rows.shape[-1]
-        size = count * self._width * self._dtype.itemsize
-        self._all = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8) if size else None
-
-    def __call__(self, batch: Batch) -> Tensor:
-        """(targets, width), of a batch whose rows were seen."""
-        keys, _ = _rows(batch)
-        places = torch.cat([torch.arange(at, at + n) for at, n in (self._where[key] for key in keys)])
-        assert self._all is not None
-        return self._all.view(self._dtype).reshape(-1, self._width)[places]
-
-
-def remembered(teacher: nn.Module, head: nn.Module, batches: Iterable[Batch], file: Path) -> Predicts:
-    """A teacher that is run once: its last hidden states are kept, in its dtype, and its head, which is all that must
-    stay in memory, is run on them again. Raises InputError where the model does more with its head's product than give
-    it back."""
-    seen: list[Tensor] = []
-
-    def states(batch: Batch) -> Tensor:
-        logits, _ = targets(teacher, batch)
-        found = seen.pop()[:, :-1][batch.labels[:, 1:] != -100]
-        _check(head(found), logits)
-        return found
-
-    hook = head.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    try:
-        kept = Kept(states, batches, file)
-    finally:
-        hook.remove()
-    return lambda batch: head(kept(batch))
-
-
-def _check(again: Tensor, logits: Tensor) -> None:
-    digits = 4 if logits.dtype.itemsize == 2 else 64  # by which products of other shapes may differ
-    off = digits * torch.finfo(logits.dtype).eps * logits.float().abs().max()
-    if not (again.float() - logits.float()).abs().max() <= off:
-        raise InputError("--cache-teacher: this model changes its logits after its head; leave it out.")
-
-
-def likeliest(teacher: nn.Module, k: int, batches: Iterable[Batch], file: Path) -> Predicts:
-    """A teacher that is run once, for `kl_of_likeliest`: log p of every target's k likeliest tokens is kept, and then
-    their numbers, as int32's bits: (targets, 2 k), float32."""
-
-    def top(batch: Batch) -> Tensor:
-        logits, _ = targets(teacher, batch)
-        values, indices = logits.topk(min(k, logits.shape[-1]))
-        rest = logits.float().logsumexp(-1, keepdim=True)
-        return torch.cat([values.float() - rest, indices.int().view(torch.float32)], -1)
-
-    return Kept(top, batches, file)
-
-
-def _rows(batch: Batch) -> tuple[list[bytes], list[int]]:
-    """Of each row: what tells it from others, up to its last target; and how many targets it has."""
-    wanted = batch.labels[:, 1:] != -100
-    keys = []
-    for i, row in enumerate(wanted):
-        end = int(row.nonzero().max()) + 2 if row.any() else 0
-        places = torch.arange(batch.labels.shape[1]).expand_as(batch.labels)
-        told = [batch.input_ids, batch.labels, places if batch.position_ids is None else batch.position_ids]
-        keys.append(hashlib.sha256(torch.stack([t[i, :end] for t in told]).numpy().tobytes()).digest())
-    return keys, wanted.sum(1).tolist()
-
-
 def targets(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """The logits of what is to be predicted, in the model's dtype (targets, vocabulary or classes), and the labels."""
     logits = model(**batch.inputs).logits
@@ -183,3 +76,114 @@ class _Kl(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad.to(gradient.dtype), None, None
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """A loss as `train` takes it. share: of the divergence from the teacher; the rest is cross-entropy. apart: how far
+    the student's logits are from what the teacher gives."""
+
+    teacher: Predicts
+    share: float = 1.0
+    apart: Callable[[Tensor, Tensor], Tensor] = kl
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Summed over the batch's targets, in float32."""
+        with torch.no_grad():
+            theirs = self.teacher(batch)
+        ours, labels = targets(model, batch)
+        loss = self.share * self.apart(ours, theirs)
+        if self.share < 1:
+            loss = loss + (1 - self.share) * nn.functional.cross_entropy(ours.float(), labels, reduction="sum")
+        return loss
+
+
+def asked(teacher: nn.Module) -> Predicts:
+    """A teacher that is run on every batch."""
+    return lambda batch: targets(teacher, batch)[0]
+
+
+class Kept:
+    """What a teacher says of every target, found once and kept in a file."""
+
+    @torch.no_grad()
+    def __init__(self, found: Predicts, batches: Iterable[Batch], file: Path) -> None:
+        """found: of a batch, (targets, width), of one dtype. Raises InputError for labels of whole texts."""
+        self._where: dict[bytes, tuple[int, int]] = {}
+        count, rows = 0, torch.empty(0, 1)
+        with file.open("wb") as f:
+            for batch in batches:
+                if batch.labels.ndim == 1:
+                    raise InputError("--cache-teacher keeps what is said of tokens; leave it out for labels.")
+                rows, (keys, counts) = found(batch), _rows(batch)
+                for row, key in zip(rows.split(counts), keys, strict=True):
+                    if key not in self._where:
+                        f.write(row.contiguous().view(torch.uint8).numpy().tobytes())
+                        self._where[key] = count, len(row)
+                        count += len(row)
+        self._dtype, self._width = rows.dtype, rows.shape[-1]
+        size = count * self._width * self._dtype.itemsize
+        self._all = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8) if size else None
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """(targets, width), of a batch whose rows were seen."""
+        keys, _ = _rows(batch)
+        places = torch.cat([torch.arange(at, at + n) for at, n in (self._where[key] for key in keys)])
+        assert self._all is not None
+        return self._all.view(self._dtype).reshape(-1, self._width)[places]
+
+
+def remembered(teacher: nn.Module, head: nn.Module, batches: Iterable[Batch], file: Path) -> Predicts:
+    """A teacher that is run once: its last hidden states are kept, in its dtype, and its head, which is all that must
+    stay in memory, is run on them again. Raises InputError where the model does more with its head's product than give
+    it back."""
+    seen: list[Tensor] = []
+    checked = False
+
+    def states(batch: Batch) -> Tensor:
+        nonlocal checked
+        logits, _ = targets(teacher, batch)
+        found = seen.pop()[:, :-1][batch.labels[:, 1:] != -100]
+        if not checked:
+            _check(head(found), logits)
+            checked = True
+        return found
+
+    hook = head.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    try:
+        kept = Kept(states, batches, file)
+    finally:
+        hook.remove()
+    return lambda batch: head(kept(batch))
+
+
+def _check(again: Tensor, logits: Tensor) -> None:
+    digits = 4 if logits.dtype.itemsize == 2 else 64  # by which products of other shapes may differ
+    off = digits * torch.finfo(logits.dtype).eps * logits.float().abs().max()
+    if not (again.float() - logits.float()).abs().max() <= off:
+        raise InputError("--cache-teacher: this model changes its logits after its head; leave it out.")
+
+
+def likeliest(teacher: nn.Module, k: int, batches: Iterable[Batch], file: Path) -> Predicts:
+    """A teacher that is run once, for `kl_of_likeliest`: log p of every target's k likeliest tokens is kept, and then
+    their numbers, as int32's bits: (targets, 2 k), float32."""
+
+    def top(batch: Batch) -> Tensor:
+        logits, _ = targets(teacher, batch)
+        values, indices = logits.topk(min(k, logits.shape[-1]))
+        rest = logits.float().logsumexp(-1, keepdim=True)
+        return torch.cat([values.float() - rest, indices.int().view(torch.float32)], -1)
+
+    return Kept(top, batches, file)
+
+
+def _rows(batch: Batch) -> tuple[list[bytes], list[int]]:
+    """Of each row: what tells it from others, up to its last target; and how many targets it has."""
+    wanted = batch.labels[:, 1:] != -100
+    keys = []
+    for i, row in enumerate(wanted):
+        end = int(row.nonzero().max()) + 2 if row.any() else 0
+        places = torch.arange(batch.labels.shape[1]).expand_as(batch.labels)
+        told = [batch.input_ids, batch.labels, places if batch.position_ids is None else batch.position_ids]
+        keys.append(hashlib.sha256(torch.stack([t[i, :end] for t in told]).numpy().tobytes()).digest())
+    return keys, wanted.sum(1).tolist()
