@@ -182,28 +182,38 @@ def domain(setting: Setting, asked: Asked) -> Iterator[dict]:
 def roads(setting: Setting, asked: Asked) -> Iterator[dict]:
     """To a fine-tuned model in 4 bits: QLoRA, merged and quantized; and QAT-LoRA, merged."""
     more = {"r": 16}
-    usual = Trial("qlora", "qlora", 2e-4, text="docstrings", more=more)
+    for usual in chosen((Trial("qlora", "qlora", 2e-4, text="docstrings", more=more),), asked):
+        found = trained(setting, usual, asked)
+        yield {"what": "NF4 and an adapter", "name": "qlora, unmerged", "rate": usual.rate, **found.row,
+               **measured(setting, found.there)}  # fmt: skip
+        for base in ("trained", "original"):
+            for solver in ("rtn", "gptq"):
+                there = merged(setting, found.there, base, solver, usual.text)
+                yield {"what": W4, "name": f"qlora, merged into its {base} base, {solver}", "rate": usual.rate,
+                       **measured(setting, there)}  # fmt: skip
     straight = Trial("qat-lora", "qat-lora", 2e-4, W4, text="docstrings", more=more)
-    found = trained(setting, usual, asked)
-    yield {"what": "NF4 and an adapter", "name": "qlora, unmerged", "rate": usual.rate, **found.row,
-           **measured(setting, found.there)}  # fmt: skip
-    rows: Any = setting.calibration("docstrings", SAMPLES["gptq"])
-    for base in ("trained", "original"):
-        for solver, text in (("rtn", "none"), ("gptq", rows)):
-            there = copy.deepcopy(found.there)
+    begun = Trial("gptq, qat-lora", "qat-lora", 2e-4, W4, "gptq", text="docstrings",
+                   more={**more, "scale_lr_ratio": 0.1})  # fmt: skip
+    for t in chosen((straight, begun), asked):
+        found = trained(setting, t, asked)
+        told = "" if t.init is None else ", merged"  # by its last steps, since no adapter's folder has its scales
+        yield {"what": W4, "name": f"{t.name}{told}", "rate": t.rate, **found.row, **measured(setting, found.there)}
+        if t.init is None:
             with torch.no_grad():
-                if base == "original":
-                    floats = weights(setting.reference.model)
-                    for name, w in weights(there.model).items():
-                        if isinstance(w.stored, Codes):
-                            w.store(floats[name].base().clone())
-                Merge()(there)
-                Freeze(scheme=W4, solver=solver, calibration=text, samples=len(rows))(there)
-            yield {"what": W4, "name": f"qlora, merged into its {base} base, {solver}", "rate": usual.rate,
-                   **measured(setting, there)}  # fmt: skip
-    found = trained(setting, straight, asked)
-    yield {"what": W4, "name": "qat-lora", "rate": straight.rate, **found.row, **measured(setting, found.there)}
-    with torch.no_grad():
-        for step in merge_steps(found.there):
-            step(found.there)
-    yield {"what": W4, "name": "qat-lora, merged", "rate": straight.rate, **measured(setting, found.there)}
+                for step in merge_steps(found.there):
+                    step(found.there)
+            yield {"what": W4, "name": f"{t.name}, merged", "rate": t.rate, **measured(setting, found.there)}
+
+
+@torch.no_grad()
+def merged(setting: Setting, of: Run, base: str, solver: str, text: str) -> Run:
+    """What QLoRA trained, merged into the codes that it knew or the floats that these were made from, and quantized."""
+    there, rows = copy.deepcopy(of), setting.calibration(text, SAMPLES["gptq"])
+    if base == "original":
+        floats = weights(setting.reference.model)
+        for name, w in weights(there.model).items():
+            if isinstance(w.stored, Codes):
+                w.store(floats[name].base().clone())
+    Merge()(there)
+    Freeze(scheme=W4, solver=solver, calibration=rows if solver == "gptq" else "none", samples=len(rows))(there)
+    return there
