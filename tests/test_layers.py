@@ -365,20 +365,23 @@ def test_the_scale_gradient_is_damped_as_in_the_paper():
     torch.testing.assert_close(grid.scale.grad, plain.grad / (32 * 8) ** 0.5)
 
 
-def test_small_steps_leave_a_solvers_codes():
-    """Also those of weights that it rounded away from their floats, whose nearest such point is on a border."""
-    w = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+def test_a_step_changes_a_solvers_codes_in_proportion_to_its_size():
+    """Also those of weights that it rounded away from their floats, whose nearest such point is on a border: there any
+    step towards the float would take all of them back."""
+    w = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
     q = kernels.quantize(w, "int4-g32")
-    codes = q.codes.reshape(16, 64)
-    away = proxy.with_codes(q, (codes.int() + 1 - 2 * (torch.arange(64) % 2)).clamp(0, 15).to(torch.uint8))
+    codes = q.codes.reshape(w.shape)
+    towards = (1 - 2 * (torch.arange(128) % 2)).expand_as(codes)  # one code away, every other weight up
+    away = proxy.with_codes(q, (codes.int() + towards).clamp(0, 15).to(torch.uint8))
     seen = Weight(nn.Parameter(w.clone()))
     seen.see_through(away, w)
+    assert torch.equal(seen.frozen().codes, away.codes)
     floats, step = seen.stored.detach().clone(), q.qparams.scale.repeat_interleave(32, 1)
-    assert (floats - w).abs().mean() < (away.dequantize() - w).abs().mean()
-    for by in (0.0, 0.04, -0.04):
+    for by in (0.02, 0.1, 0.2):
         with torch.no_grad():
-            seen.stored.copy_(floats + by * step)
-        assert torch.equal(seen.frozen().codes, away.codes)
+            seen.stored.copy_(floats - by * towards * step)
+        changed = (seen.frozen().codes != away.codes).float().mean().item()
+        assert 0.5 * by < changed < 1.5 * by
 
 
 @pytest.mark.usefixtures("torch_products")

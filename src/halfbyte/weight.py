@@ -14,8 +14,6 @@ from halfbyte.formats import Format
 from halfbyte.kernels import proxy
 from halfbyte.qtensor import QParams, QTensor, added, shifted, unshiftable
 
-MARGIN = 0.1
-
 
 def moved(t: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     """t where `fn`, which nn.Module gives to _apply, would put it; in its own dtype."""
@@ -318,12 +316,12 @@ class Weight(nn.Module):
         these scales: the value is what q stands for. Raises InputError where no scale can be learned.
 
         A solver rounds many weights away from w. The nearest that has such a code lies on the border of its cell, where
-        the first step of any size would undo what was solved: all keep MARGIN of their way to the code's value."""
+        the first step of any size would undo what was solved: what lies beyond is mirrored at the border, to the code's
+        value at most. So a step takes weights out of their cells in proportion to its size."""
         check_learnable(q.format)
-        value = q.dequantize().float()
-        near = proxy.nearest(w, q).lerp_(value, MARGIN).to(w.dtype)  # which may round it out of its cell
+        near = proxy.mirrored(w, q).to(w.dtype)  # which may round it out of its cell
         same = kernels.quantize(near, q.format, q.qparams).codes.reshape(w.shape) == q.codes.reshape(w.shape)
-        self.store(torch.where(same, near, value.to(w.dtype)))
+        self.store(torch.where(same, near, q.dequantize().to(w.dtype)))
         self.grid = Grid(q.format, learned=q.qparams)
 
     @torch.no_grad()

@@ -89,11 +89,16 @@ def inside(w: Tensor, q: QTensor) -> tuple[Tensor, float]:
     return torch.minimum(torch.maximum(x, low), high), step
 
 
-def nearest(w: Tensor, q: QTensor) -> Tensor:
-    """What is nearest to w (out, in) of all that q's scales round to q's codes, float32 (out, in)."""
+def mirrored(w: Tensor, q: QTensor) -> Tensor:
+    """w (out, in) where it is rounded to q's codes; else w mirrored at the border of its code's cell, to the code's
+    value at most: float32 (out, in), as far from the border as w is."""
     x, p = inside(w, q)[0], q.qparams
     added = 0.0 if p.zero is None or q.format.zero == "integer" else p.zero.float().reshape(-1, 1)
-    return (x * p.scale.float().reshape(-1, 1) + added).reshape(w.shape)
+    nearest = (x * p.scale.float().reshape(-1, 1) + added).reshape(w.shape)
+    value = q.dequantize().float()
+    border = value + (nearest - value) / _INSIDE  # of those that lie beyond; of others it is beyond them
+    back = torch.where((w - border).abs() < (value - border).abs(), 2 * border - w, value)
+    return torch.where((w - value).abs() < (border - value).abs(), w.float(), back)
 
 
 def _held(w: Tensor, f: Format, p: QParams) -> QTensor:
