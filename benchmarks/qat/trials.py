@@ -14,7 +14,7 @@ from setting import LENGTH, Setting
 from halfbyte import evaluate
 from halfbyte.layers import Codes, weights
 from halfbyte.methods import merge_steps, method_steps
-from halfbyte.run import Run
+from halfbyte.run import Run, learn_from_codes
 from halfbyte.steps import Freeze, Merge, Train, Transform
 
 BATCH = 4  # rows of LENGTH tokens a step
@@ -78,7 +78,7 @@ def trained(setting: Setting, t: Trial, asked: Asked) -> Result:
     begun, solving, began = None, 0.0, time.perf_counter()
     for step in method_steps(t.method, t.to, settings, init=t.init):
         if isinstance(step, Freeze) and step.solver in SAMPLES:
-            there, solving = solved(setting, there, step)
+            there, solving = solved(setting, there, step, t)
             continue
         if isinstance(step, Train):
             begun = None if t.to is None else measured(setting, there)
@@ -95,25 +95,22 @@ def transformed(setting: Setting, there: Run, names: tuple[str, ...], to: str | 
         Transform(name=name, scheme=to, untie=True, calibration=rows, samples=len(rows))(there)
 
 
-_SOLVED: dict[tuple[str, str], tuple[Run, float]] = {}
+_SOLVED: dict[tuple[str, ...], tuple[Run, float]] = {}
 
 
 @torch.no_grad()
-def solved(setting: Setting, there: Run, step: Freeze) -> tuple[Run, float]:
-    """What the step makes of the model, and the seconds that its solver took, which works once for all trials."""
-    key = str(step.scheme), step.solver
+def solved(setting: Setting, there: Run, step: Freeze, t: Trial) -> tuple[Run, float]:
+    """What the step makes of the model, and the seconds that took, once for all trials that begin alike."""
+    key = str(step.scheme), step.solver, t.text, *t.first
     if key not in _SOLVED:
         run, began = setting.copy(), time.perf_counter()
+        transformed(setting, run, t.first, t.to)
         step.model_copy(update={"samples": SAMPLES[step.solver], "learn": False})(run)
         _SOLVED[key] = run, time.perf_counter() - began
     run, seconds = copy.deepcopy(_SOLVED[key])
     run.teacher = there.teacher
     if step.learn:
-        floats = weights(setting.reference.model)
-        for name, w in weights(run.model).items():
-            if isinstance(w.stored, Codes):
-                w.see_through(w.stored.q, floats[name].base().detach())
-        run.notes["grid"] = run.notes.pop("stored")
+        learn_from_codes(run, {n: w.base().detach() for n, w in weights(setting.reference.model).items()})
     return run, seconds
 
 

@@ -302,6 +302,15 @@ def attach_from(run: Run, path: Path, called: str = adapters.NAME) -> None:
     run.notes = {**run.notes, "adapter": {"adapter": "lora", **settings}}
 
 
+def learn_from_codes(run: Run, floats: Mapping[str, Tensor]) -> None:
+    """Weights that are codes become floats again, near those given by name, seen through grids that learn the codes'
+    scales. Raises InputError where no scale can be learned."""
+    for name, w in weights(run.model).items():
+        if isinstance(w.stored, Codes):
+            w.see_through(w.stored.q, floats[name])
+    run.notes["grid"] = run.notes.pop("stored")
+
+
 def see_through(run: Run, chosen: Scheme | Mix, how: str | None = None) -> None:
     """Gives every weight that the scheme quantizes a grid, and its op the input format."""
     by_name = dict(ops(run.model))

@@ -10,7 +10,7 @@ from pydantic import model_validator
 
 from halfbyte import adapters, calibrate, data, evaluate, layers, models, observe, plan, self_samples
 from halfbyte.errors import InputError
-from halfbyte.run import Run, dequantize, freeze
+from halfbyte.run import Run, dequantize, freeze, learn_from_codes
 from halfbyte.scheme import check_static, to_scheme
 from halfbyte.solvers import solver
 from halfbyte.steps.step import Positive, Step, is_word, pad_id, read
@@ -186,10 +186,7 @@ class Freeze(Calibrated):
             inputs=self.inputs, squares=squares, store=self._store(run, chosen, by, rows), **told,
         )  # fmt: skip
         if self.learn:
-            for name, w in layers.weights(run.model).items():
-                if isinstance(w.stored, layers.Codes):
-                    w.see_through(w.stored.q, floats[name])
-            run.notes["grid"] = run.notes.pop("stored")
+            learn_from_codes(run, floats)
 
     def _store(self, run: Run, chosen: Any, by: Any, rows: data.Dataset | None) -> calibrate.Store:
         """Where weights are meanwhile: on disk, but for a block, if the run has a place to keep what is found."""
