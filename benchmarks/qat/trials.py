@@ -155,8 +155,14 @@ def domain(setting: Setting, asked: Asked) -> Iterator[dict]:
     yield {"what": "float32", "name": full.name, "rate": full.rate, **best.row,
            **against(setting, best.there, setting.reference)}  # fmt: skip
     rows = setting.calibration("prose", SAMPLES["gptq"])
-    even = ("hadamard", "smooth")
-    roads = (("W8A8", "rtn", ()), ("W8A8", "gptq", ()), ("W8A8", "gptq", even), (W4, "rtn", ()), (W4, "gptq", ()))
+    even: tuple[str, ...] = ("hadamard", "smooth")
+    roads = (
+        ("W8A8", "rtn", ()),
+        ("W8A8", "rtn", ("smooth",)),
+        ("W8A8", "gptq", even),
+        (W4, "rtn", ()),
+        (W4, "gptq", ()),
+    )
     for to, solver, first in roads:
         there = setting.copy()
         there.model.load_state_dict(best.there.model.state_dict())
@@ -167,7 +173,7 @@ def domain(setting: Setting, asked: Asked) -> Iterator[dict]:
                **against(setting, there, best.there)}  # fmt: skip
     trials = (
         Trial("qat", "qat", 2e-4, "W8A8"),
-        Trial("hadamard, smooth, qat", "qat", 2e-4, "W8A8", first=even),
+        Trial("smooth, qat", "qat", 2e-4, "W8A8", first=("smooth",)),
         Trial("qat", "qat", 2e-4, W4),
         Trial("gptq, qat", "qat", 2e-4, W4, "gptq", more={"scale_lr_ratio": 0.1}),
     )
