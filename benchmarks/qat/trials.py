@@ -74,11 +74,10 @@ def trained(setting: Setting, t: Trial, asked: Asked) -> Result:
     there, rows = setting.copy(), setting.training(t.text)
     settings = {"data": rows, "steps": asked.steps, "batch_size": BATCH, "max_length": LENGTH,
                 "learning_rate": t.rate, "loss": t.loss, "bf16": True, **t.more}  # fmt: skip
-    transformed(setting, there, t.first, t.to)
     begun, solving, began = None, 0.0, time.perf_counter()
-    for step in method_steps(t.method, t.to, settings, init=t.init):
+    for step in method_steps(t.method, t.to, settings, init=t.init, transforms=t.first):
         if isinstance(step, Freeze) and step.solver in SAMPLES:
-            there, solving = solved(setting, there, step, t)
+            there, solving = solved(there, step, t)
             continue
         if isinstance(step, Train):
             begun = None if t.to is None else measured(setting, there)
@@ -88,29 +87,23 @@ def trained(setting: Setting, t: Trial, asked: Asked) -> Result:
     return Result(there, begun, time.perf_counter() - began, solving)
 
 
-@torch.no_grad()
-def transformed(setting: Setting, there: Run, names: tuple[str, ...], to: str | None) -> None:
-    for name in names:
-        rows = setting.calibration("prose", SAMPLES["gptq"])
-        Transform(name=name, scheme=to, untie=True, calibration=rows, samples=len(rows))(there)
-
-
 _SOLVED: dict[tuple[str, ...], tuple[Run, float]] = {}
 
 
 @torch.no_grad()
-def solved(setting: Setting, there: Run, step: Freeze, t: Trial) -> tuple[Run, float]:
+def solved(there: Run, step: Freeze, t: Trial) -> tuple[Run, float]:
     """What the step makes of the model, and the seconds that took, once for all trials that begin alike."""
     key = str(step.scheme), step.solver, t.text, *t.first
+    teacher, there.teacher = there.teacher, None
+    floats = {n: w.base().detach().clone() for n, w in weights(there.model).items()}
     if key not in _SOLVED:
-        run, began = setting.copy(), time.perf_counter()
-        transformed(setting, run, t.first, t.to)
-        step.model_copy(update={"samples": SAMPLES[step.solver], "learn": False})(run)
-        _SOLVED[key] = run, time.perf_counter() - began
+        began = time.perf_counter()
+        step.model_copy(update={"samples": SAMPLES[step.solver], "learn": False})(there)
+        _SOLVED[key] = there, time.perf_counter() - began
     run, seconds = copy.deepcopy(_SOLVED[key])
-    run.teacher = there.teacher
+    run.teacher = teacher
     if step.learn:
-        learn_from_codes(run, {n: w.base().detach() for n, w in weights(setting.reference.model).items()})
+        learn_from_codes(run, floats)
     return run, seconds
 
 
@@ -166,8 +159,9 @@ def domain(setting: Setting, asked: Asked) -> Iterator[dict]:
     for to, solver, first in roads:
         there = setting.copy()
         there.model.load_state_dict(best.there.model.state_dict())
-        transformed(setting, there, first, to)
         with torch.no_grad():
+            for name in first:
+                Transform(name=name, scheme=to, untie=True, calibration=rows, samples=len(rows))(there)
             Freeze(scheme=to, solver=solver, calibration=rows if solver == "gptq" else "none", samples=len(rows))(there)
         yield {"what": to, "name": f"full precision, then {', '.join((*first, solver))}", "rate": full.rate,
                **against(setting, there, best.there)}  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,38 +14,50 @@ from halfbyte.qtensor import no_shift
 from halfbyte.run import Run
 from halfbyte.scheme import Mix, Scheme, to_scheme
 from halfbyte.solvers import SOLVERS, solver
-from halfbyte.steps import SHARES, Adapt, Dequantize, Freeze, Grid, Merge, Step, Teacher, Train
+from halfbyte.steps import SHARES, Adapt, Dequantize, Freeze, Grid, Merge, Step, Teacher, Train, Transform
+from halfbyte.transforms import transform
 from halfbyte.weight import check_learnable
 
 
 @dataclass(frozen=True)
 class Given:
     """What a method is made from. to: its scheme. init: the solver that its codes begin from, if any. teacher: a MODEL
-    that the loss holds it to, instead of what it was itself. train, adapt: settings of Train and of Adapt."""
+    that the loss holds it to, instead of what it was itself. transforms, untie: what is done to the floats before, and
+    whether that may give the head a weight of its own. train, adapt: settings of Train and of Adapt."""
 
     to: Any
     init: str | None
     teacher: str | None
+    transforms: Sequence[str]
+    untie: bool
     train: dict[str, Any]
     adapt: dict[str, Any]
 
-    def taught(self, **how: bool) -> list[Step]:
-        """What goes before the step that changes the weights, where the loss needs a teacher."""
-        return [] if self.train.get("loss", "ce") == "ce" else [Teacher(model=self.teacher, **how)]
+    @property
+    def text(self) -> dict[str, Any]:
+        """What is trained on, for what has to be found on text before."""
+        length = self.train.get("max_length", Train.model_fields["max_length"].default)
+        return {"calibration": self.train.get("data"), "max_length": length}
+
+    def begun(self, keep: bool, codes: bool = False) -> list[Step]:
+        """What goes before the step that makes a grid or codes: the teacher, as the model is, where the loss needs one,
+        then transforms. keep, codes: see Teacher."""
+        before: list[Step] = [
+            Transform(name=name, scheme=self.to, untie=self.untie, **self.text) for name in self.transforms
+        ]
+        if self.train.get("loss", "ce") == "ce":
+            return before
+        return [Teacher(model=self.teacher, keep=keep or bool(before), codes=codes), *before]
 
     def adapted(self) -> Adapt:
-        """What has to be found on text for the adapter's start is found on what is trained on."""
-        text = {k: self.train[k] for k in ("data", "max_length") if k in self.train}
-        text = {"calibration" if k == "data" else k: v for k, v in text.items()}
         begins_on_text = adapters.start(self.adapt.get("init_lora_weights", True)).told == "moments"
-        return Adapt(**{**(text if begins_on_text else {}), **self.adapt})
+        return Adapt(**{**(self.text if begins_on_text else {}), **self.adapt})
 
     def codes(self, learn: bool = False) -> Freeze:
         """By a solver, on what is trained on, if it needs text."""
         init = self.init or "rtn"
-        length = self.train.get("max_length", Train.model_fields["max_length"].default)
-        source = self.train.get("data") if solver(init).needs_data else "none"
-        return Freeze(scheme=self.to, solver=init, calibration=source, max_length=length, learn=learn)
+        text = self.text if solver(init).needs_data else {**self.text, "calibration": "none"}
+        return Freeze(scheme=self.to, solver=init, learn=learn, **text)
 
     def seen(self) -> Step:
         """A grid over the weights, of which nothing can be dropped. Its scales are found anew from them at every step,
@@ -100,13 +112,13 @@ METHODS: dict[str, Method] = {
         adapts=True,
     ),
     "qat": Method(
-        lambda g: [Dequantize(), *g.taught(keep=True), g.seen(), Train(**g.train), Freeze()],
+        lambda g: [Dequantize(), *g.begun(keep=True), g.seen(), Train(**g.train), Freeze()],
         needs_scheme=True,
         begins=True,
     ),
     "qat-lora": Method(  # W0 may be held as codes; from a solver's codes it is merged, as no adapter's folder has these
         lambda g: [
-            *([] if g.init is None else [Dequantize()]), *g.taught(keep="modules_to_save" in g.adapt, codes=True),
+            *([] if g.init is None else [Dequantize()]), *g.begun(keep="modules_to_save" in g.adapt, codes=True),
             g.seen(), g.adapted(), Train(**g.train), *([] if g.init is None else [Merge(), Freeze()]),
         ],
         needs_scheme=True,
@@ -114,7 +126,7 @@ METHODS: dict[str, Method] = {
         begins=True,
     ),
     "scales": Method(
-        lambda g: [*g.taught(keep=bool(g.train.get("norms"))), g.codes(), Train(**g.train)],
+        lambda g: [*g.begun(keep=bool(g.train.get("norms"))), g.codes(), Train(**g.train)],
         needs_scheme=True,
         begins=True,
         norms=True,
@@ -129,9 +141,12 @@ def method_steps(
     adapt: Mapping[str, Any] | None = None,
     init: str | None = None,
     teacher: str | None = None,
+    transforms: Sequence[str] = (),
+    untie: bool = False,
 ) -> list[Step]:
-    """The steps of a method. `train` may hold Adapt's keys too (r, lora_alpha ...). Raises InputError for what does not
-    go together, before anything is read."""
+    """The steps of a method. `train` may hold Adapt's keys too (r, lora_alpha ...). transforms: those that are done to
+    the floats first, in order; untie: whether they may give the head a weight of its own. Raises InputError for what
+    does not go together, before anything is read."""
     if method not in METHODS:
         raise InputError(f"--method {method}: it is {', '.join(METHODS)}.")
     made = METHODS[method]
@@ -151,13 +166,14 @@ def method_steps(
     if rest.get("init_lora_weights") == "loftq" and method != "qlora":
         raise InputError(f"--init-lora-weights loftq makes good what --method qlora quantizes; {method} has floats.")
     _check_init(method, made, init)
+    _check_transforms(method, made, init, transforms, untie)
     _check_loss(method, made, own.get("loss", "ce"), teacher)
-    reader = _reads_text(init, rest)
+    reader = _reads_text(init, transforms, rest)
     if reader is not None and own.get("eval_split"):
         raise InputError(f"{reader} --eval-split: it would see what is held out; give --eval-data FILE.")
     if made.norms or init is not None:  # before a solver has worked
         _check_learnable(method, to)
-    steps = made.steps(Given(to, init, teacher, own, rest))
+    steps = made.steps(Given(to, init, teacher, transforms, untie, own, rest))
     if own.get("fake_quant_after_n_steps") and not any(_sees(s) for s in steps):
         raise InputError("--fake-quant-after-n-steps: nothing is seen through a grid here; leave it out.")
     return steps
@@ -173,6 +189,21 @@ def _check_init(method: str, made: Method, init: str | None) -> None:
         raise InputError(f"--init {init}: there is no such solver; those are {', '.join(SOLVERS)}.")
 
 
+def _check_transforms(method: str, made: Method, init: str | None, names: Sequence[str], untie: bool) -> None:
+    """A transform changes all weights, so that no adapter's folder would fit the model that it was trained on."""
+    if untie and not names:
+        raise InputError("--untie: nothing gives the head a weight of its own without --transform hadamard.")
+    for name in names:
+        transform(name)
+        if not made.begins:
+            takes = ", ".join(n for n, m in METHODS.items() if m.begins)
+            raise InputError(f"--transform {name} makes a model ready for its codes: for --method {takes}.")
+        if made.adapts and init is None:
+            raise InputError(
+                f"--transform {name} changes the base of the adapter: add --init SOLVER, by which it is merged."
+            )
+
+
 def _check_loss(method: str, made: Method, loss: str, teacher: str | None) -> None:
     if loss not in ("ce", *SHARES):
         raise InputError(f"--loss {loss}: it is ce, {', '.join(SHARES)}.")
@@ -183,10 +214,12 @@ def _check_loss(method: str, made: Method, loss: str, teacher: str | None) -> No
         raise InputError(f"--teacher {teacher}: the loss asks no teacher; add --loss kl or --loss both.")
 
 
-def _reads_text(init: str | None, adapt: Mapping[str, Any]) -> str | None:
+def _reads_text(init: str | None, transforms: Sequence[str], adapt: Mapping[str, Any]) -> str | None:
     """The flag that has something found on the training text before it is trained on."""
     if init is not None and solver(init).needs_data:
         return f"--init {init}"
+    if (name := next((n for n in transforms if transform(n).needs_data), None)) is not None:
+        return f"--transform {name}"
     begins = adapt.get("init_lora_weights", True)
     return f"--init-lora-weights {begins}" if adapters.start(begins).told == "moments" else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ class Model(Run):
 
     def train(
         self, data: Any, method: str = "lora", to: str | None = None, init: str | None = None,
-        teacher: str | None = None, **options: Any
+        teacher: str | None = None, transforms: Sequence[str] = (), untie: bool = False, **options: Any
     ) -> Model:  # fmt: skip
         """Fine-tunes on a file or records by a method of methods.METHODS; options: those of Train and Adapt.
-        init: the solver that codes begin from; teacher: a MODEL that loss="kl" holds it to."""
-        return self.apply(*methods.method_steps(method, to, {"data": data, **options}, None, init, teacher))
+        init: the solver that codes begin from; teacher: a MODEL that loss="kl" holds it to; transforms, untie: what is
+        done to the floats first."""
+        settings = {"data": data, **options}
+        return self.apply(*methods.method_steps(method, to, settings, None, init, teacher, transforms, untie))
 
     def load_adapter(self, path: str | Path, name: str = adapters.NAME) -> Model:
         """Reads an adapter folder under a name, beside others. The first is in use at once."""

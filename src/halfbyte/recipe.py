@@ -36,6 +36,8 @@ class _Fields(BaseModel):
     adapt: dict[str, Any] = {}
     init: str | None = None
     teacher: str | None = None
+    transforms: list[str] = []
+    untie: bool = False
 
 
 @dataclass
@@ -101,7 +103,8 @@ def read_recipe(path: str | Path) -> Recipe:
 
 def parse_recipe(raw: Any, where: str = "") -> Recipe:
     """A recipe from a mapping: model, output, seed, dtype, and either `steps` (a list of one-key mappings, step to
-    its settings) or `method` with `to`, `train`, `adapt`, `init` and `teacher`. Raises InputError."""
+    its settings) or `method` with `to`, `train`, `adapt`, `init`, `teacher`, `transforms` and `untie`. Raises
+    InputError."""
     known = _Fields.model_fields
     if not isinstance(raw, Mapping) or "model" not in raw:
         raise InputError(f"{where}a recipe is a mapping with a model and steps, or a method.")
@@ -113,8 +116,12 @@ def parse_recipe(raw: Any, where: str = "") -> Recipe:
     if given.method is not None:
         to = None if given.to is None else _named(lambda: to_scheme(given.to), f"{where}to: ")
         steps = _named(
-            lambda: method_steps(str(given.method), to, given.train, given.adapt, given.init, given.teacher), where
-        )
+            lambda: method_steps(
+                str(given.method), to, given.train, given.adapt, given.init, given.teacher, given.transforms,
+                given.untie,
+            ),
+            where,
+        )  # fmt: skip
     else:
         steps = [_step(item, f"{where}steps[{i}]: ") for i, item in enumerate(given.steps or [])]
     if not steps:

@@ -70,6 +70,7 @@ def test_what_does_not_go_together_is_said_or_refused(halfbyte, refused, tiny_ll
     refused(*quantize, "--transform", "rotate", words=("rotate", "hadamard"))
     refused(*quantize, "--transform", "awq", "--calibration", "none", words="--calibration none")
     refused(*quantize, "--transform", "hadamard", words="--untie")
+    refused(*quantize, "--untie", words="--transform hadamard")
     refused(*quantize, "--transform", "awq", "--imatrix", text, words=("--imatrix", "--transform"))
     refused(
         "quantize", tiny_llama, "--to", "Q4_0", "--transform", "hadamard", "-o", tmp_path / "o.gguf", words="--untie"
@@ -77,3 +78,15 @@ def test_what_does_not_go_together_is_said_or_refused(halfbyte, refused, tiny_ll
     said = halfbyte(*quantize, "--transform", "smooth", "--calibration", text, "--samples", 2)
     assert said.status == 0, said.err
     assert "round inputs, which W4A16 does not" in said.err
+
+
+def test_what_is_trained_is_made_ready_first(halfbyte, refused, tiny_llama, tiny_data, tmp_path):
+    train = ("train", tiny_llama, "--data", tiny_data["text"], "--steps", 2, "--batch-size", 2, "--max-length", 64)
+    refused(*train, "--method", "lora", "--transform", "smooth", "-o", tmp_path / "l", words="--method qat")
+    refused(*train, "--method", "qat", "--to", "W8A8", "--transform", "hadamard", "-o", tmp_path / "h", words="--untie")
+    out = tmp_path / "out"
+    said = halfbyte(*train, "--method", "qat", "--to", "W8A8", "--transform", "smooth", "-o", out)
+    assert said.status == 0, said.err
+    assert "before: what stands out in inputs is moved into the weights" in said.err
+    assert [n["name"] for n in notes(out)["transforms"]] == ["smooth"]
+    assert halfbyte("evaluate", out, "--data", tiny_data["text"]).status == 0

@@ -5,9 +5,9 @@ import torch
 
 from halfbyte import InputError, resume
 from halfbyte.layers import Codes, Weight, weights
-from halfbyte.methods import method_steps
+from halfbyte.methods import merge_steps, method_steps
 from halfbyte.model import load
-from halfbyte.steps import Adapt, Grid, Teacher
+from halfbyte.steps import Adapt, Freeze, Grid, Merge, Teacher, Transform
 from miniatures import folder, logits
 
 TEXT = [{"text": "a small text that is learnt by heart, twice over and once again"}] * 4
@@ -88,6 +88,30 @@ def test_qat_lora_goes_on_from_a_solvers_codes(tmp_path, to, dtype):
     assert torch.equal(logits(made.model), trained)
     assert not torch.equal(trained, logits(begun.model))
     assert torch.equal(logits(load(made.save(tmp_path / "out")).model), trained)
+
+
+@pytest.mark.parametrize("transforms", [["smooth"], ["hadamard", "smooth"]])
+@pytest.mark.parametrize(("method", "init"), [("qat", None), ("qat", "rtn"), ("qat-lora", "gptq"), ("scales", None)])
+def test_training_goes_on_from_a_model_made_ready_for_its_codes(tmp_path, llama, method, init, transforms):
+    text = {"calibration": TEXT, "max_length": 24}
+    ready = load(llama).apply(*(Transform(name=n, scheme="W8A8", untie=True, **text) for n in transforms))
+    ready.apply(Freeze(scheme="W8A8", solver=init or "rtn", **(text if init == "gptq" else {})))
+    plain = load(llama).quantize("W8A8")
+    *before, training = [
+        s
+        for s in method_steps(method, "W8A8", {**SHORT, "loss": "kl"}, init=init, transforms=transforms, untie=True)
+        if not isinstance(s, Merge) and not (isinstance(s, Freeze) and s.scheme is None)
+    ]
+    made = load(llama).apply(*before)
+    assert torch.equal(logits(made.model), logits(ready.model))
+    assert not torch.equal(logits(made.model), logits(plain.model))
+    assert torch.equal(logits(made.teacher), logits(load(llama).model))
+    made.apply(training, *merge_steps(made) if method == "qat-lora" else [Freeze()] if method == "qat" else [])
+    trained = logits(made.model)
+    assert not torch.equal(trained, logits(ready.model))
+    read = load(made.save(tmp_path / "out"))
+    assert torch.equal(logits(read.model), trained)
+    assert [note["name"] for note in made.notes["transforms"]] == transforms
 
 
 @pytest.mark.parametrize("held", ["int8-g32", "NF4"])
@@ -285,6 +309,21 @@ def test_a_grid_over_codes_is_merged_exactly_whatever_adapts_them(tmp_path, llam
 def test_what_does_not_go_together(method, to, settings, init, says):
     with pytest.raises(InputError, match=says):
         method_steps(method, to, {"data": "nowhere.jsonl", **settings}, init=init)
+
+
+@pytest.mark.parametrize(
+    ("method", "to", "settings", "given", "says"),
+    [
+        ("qat-lora", "W8A8", {}, {"transforms": ["smooth"]}, "add --init SOLVER"),
+        ("lora", None, {}, {"transforms": ["hadamard"]}, "for --method qat"),
+        ("qat", "W8A8", {}, {"transforms": ["rotate"]}, "no such transform"),
+        ("qat", "W8A8", {}, {"untie": True}, "--untie"),
+        ("qat", "W8A8", {"eval_split": 0.1}, {"transforms": ["smooth"]}, "--transform smooth --eval-split"),
+    ],
+)
+def test_transforms_that_do_not_go_with_a_method(method, to, settings, given, says):
+    with pytest.raises(InputError, match=says):
+        method_steps(method, to, {"data": "nowhere.jsonl", **settings}, **given)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from halfbyte.cli.console import (
     say,
     show_plan,
 )
+from halfbyte.cli.transforms import announce
 from halfbyte.errors import InputError
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ def command(
         chosen = choose(model, output, target, solver, text, dtype, revision)
         form, solver, text["calibration"] = chosen.scheme, chosen.solver, chosen.rows
     solver = solver or "rtn"
+    if untie and not transform:
+        raise InputError("--untie: nothing gives the head a weight of its own without --transform hadamard.")
     if transform and imatrix is not None:
         raise InputError(
             "--imatrix and --transform: what a matrix says of inputs no longer holds once they are changed."
@@ -125,24 +128,9 @@ def command(
 def _transforms(names: list[str], scheme: Any, **settings: Any) -> list[Transform]:
     """The steps that come before. Raises InputError for an unknown one, or one that cannot be for want of text."""
     from halfbyte.steps import Transform
-    from halfbyte.transforms import transform
 
-    for name in names:
-        if transform(name).rounds_inputs and not any(r.input for r in getattr(scheme, "rules", ())):
-            say(f"--transform {name} is for schemes that round inputs, which {scheme.name} does not.")
     told = progress("token of the model's own text")
     return [Transform(name=name, scheme=scheme, on_token=told, **settings) for name in names]
-
-
-def _announce(first: list[Transform], loaded: Run) -> None:
-    """Says what will be done before. Raises InputError for what cannot be."""
-    from halfbyte.transforms import transform
-
-    for step in first:
-        step.check(loaded)
-        more = step.adds(loaded)
-        apart = f"; the head gets a weight of its own, {more / 1e6:.1f} MB more" if more else ""
-        say(f"  before: {transform(step.name).says}{apart}")
 
 
 def _to_folder(
@@ -169,7 +157,7 @@ def _to_folder(
     say(f"{model} -> {scheme.name} by {solvers.solver(found.solver).says}:")
     show_plan(entries)
     loaded.holds(scheme)
-    _announce(first, loaded)
+    announce(first, loaded)
     freeze.on_block, freeze.on_batch = progress("block"), progress("calibration row")
     freeze.on_token = progress("token of the model's own text")
     with whole(output, overwrite, resume) as partial:
@@ -214,7 +202,7 @@ def _to_file(
     name = to if isinstance(to, str) else to.name
     say(f"{model} -> {name} by {solvers.solver(found.solver).says}:")
     show_plan(entries)
-    _announce(first, Run(loaded))
+    announce(first, Run(loaded))
     work = begin(output, overwrite, resume) / CHECKPOINT
     if made is None:
         job = export.job(loaded, target, to, True, found, revision, say, progress("block"), work, first)

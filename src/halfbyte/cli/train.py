@@ -16,10 +16,13 @@ from halfbyte.cli.console import (
     Output,
     Overwrite,
     Revision,
+    Transforms,
+    Untie,
     emit,
     say,
     training_progress,
 )
+from halfbyte.cli.transforms import announce
 
 
 def command(
@@ -51,6 +54,8 @@ def command(
     ] = False,
     teacher_top_k: Annotated[int | None, typer.Option(help="Or the likeliest tokens alone, as many.")] = None,
     init: Annotated[str | None, typer.Option(help="The solver whose codes qat, qat-lora, scales begin from.")] = None,
+    transform: Transforms = None,
+    untie: Untie = False,
     scale_lr_ratio: Annotated[float, typer.Option(help="The rate of scales that are learned, over --lr.")] = 1.0,
     loraplus_lr_ratio: Annotated[float, typer.Option(help="The rate of LoRA's B, over --lr (LoRA+).")] = 1.0,
     norms: Annotated[bool, typer.Option("--norms", help="--method scales trains norms too.")] = False,
@@ -83,7 +88,7 @@ def command(
     from halfbyte.folders import CHECKPOINT, check_free, finished, whole
     from halfbyte.methods import METHODS, method_steps
     from halfbyte.scheme import to_scheme
-    from halfbyte.steps import Dequantize, Freeze, Train
+    from halfbyte.steps import Dequantize, Freeze, Train, Transform
 
     if resume and finished(output, overwrite):
         say(f"{output} is finished; nothing to do.")
@@ -104,8 +109,9 @@ def command(
     }  # fmt: skip
     if not METHODS.get(method, METHODS["lora"]).adapts:  # it takes none, but says so only of those that were given
         adapt = {k: v for k, v in adapt.items() if _given(context, "adapter" if k == "path" else k)}
-    plan = method_steps(method, scheme, settings, adapt, init, teacher)
+    plan = method_steps(method, scheme, settings, adapt, init, teacher, transform or [], untie)
     run = _load(model, data, eval_data, dtype, revision, seed)
+    announce([step for step in plan if isinstance(step, Transform)], run)
     if scheme is not None and METHODS[method].needs_scheme:
         run.holds(scheme)  # of qlora's base nothing is left in the result
     with whole(output, overwrite, resume) as partial:

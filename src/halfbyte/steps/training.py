@@ -25,7 +25,7 @@ SHARES = {"kl": 1.0, "both": 0.5}  # of the divergence in a loss
 ENCODING = ("max_length", "packing", "completion_only_loss", "assistant_only_loss")  # how records become rows
 _OWN = (*ENCODING, "eval_split", "batch_size", "loss", "scale_lr_ratio", "loraplus_lr_ratio", "norms",
         "fake_quant_after_n_steps", "bf16")  # fmt: skip
-_BEGUN_FROM = ("grid", "grid_search", "stored", "solver", "teacher")  # notes of the steps before
+_BEGUN_FROM = ("grid", "grid_search", "stored", "solver", "teacher", "transforms")  # notes of the steps before
 LEARNING_RATES = {"adapters": 2e-4, "stored": 2e-5, "qat": 1e-5, "scales": 2e-5}
 
 
