@@ -129,7 +129,7 @@ def held_to_the_teacher(setting: Setting, asked: Asked) -> Iterator[dict]:
     """KL to the float model, of what a solver leaves and what training makes of it."""
     trials = (
         Trial("gptq, scales", "scales", 2e-5, W4, "gptq", "kl"),
-        Trial("gptq, qat-lora", "qat-lora", 2e-4, W4, "gptq", "kl", more={"r": 16, "scale_lr_ratio": 0.1}),
+        Trial("gptq, qat-lora", "qat-lora", 5e-5, W4, "gptq", "kl", more={"r": 16, "scale_lr_ratio": 0.1}),
         Trial("gptq, qat", "qat", 3e-5, W4, "gptq", "kl", more={"scale_lr_ratio": 0.3}),
         Trial("autoround, scales", "scales", 2e-5, W4, "autoround", "kl"),
         Trial("autoround, qat", "qat", 3e-5, W4, "autoround", "kl", more={"scale_lr_ratio": 0.3}),
