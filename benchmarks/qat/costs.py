@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from statistics import median
-from typing import Any
 
 import torch
 from setting import LENGTH, Setting
@@ -32,7 +31,8 @@ def ranks(setting: Setting, asked: Asked) -> Iterator[dict]:
 
 
 def steps(setting: Setting, asked: Asked) -> Iterator[dict]:
-    """Seconds of a step, forward and backward and AdamW's, all methods in turn: the median of rounds."""
+    """Seconds of a step, forward and backward and AdamW's, all methods in turn: the median of rounds. Products in
+    bfloat16, as the trainings here have them, then in float32."""
     kinds: dict[str, tuple[str, str | None, str | None]] = {
         "full": ("full", None, None), "qat": ("qat", W4, None), "qat, learned scales": ("qat", W4, "rtn"),
         "lora": ("lora", None, None), "qat-lora": ("qat-lora", W4, None),
@@ -40,35 +40,38 @@ def steps(setting: Setting, asked: Asked) -> Iterator[dict]:
     }  # fmt: skip
     rows = setting.calibration("prose", BATCH)
     batch = next(data.eval_batches(rows, BATCH, 0))
-    ready: dict[str, tuple[nn.Module, Any]] = {}
-    for name, (method, to, init) in kinds.items():
-        there = setting.copy()
-        for step in method_steps(method, to, {"data": rows}, init=init):
-            if isinstance(step, Train):
-                break
-            with torch.no_grad():
-                step(there)
-        trainable(there.model)
-        parameters = [p for p in there.model.parameters() if p.requires_grad]
-        ready[name] = there.model.train(), torch.optim.AdamW(parameters, lr=1e-6)
-    seconds: dict[str, list[float]] = {name: [] for name in kinds}
-    for _ in range(ROUNDS + 1):
-        for name, (model, optimizer) in ready.items():
-            began = time.perf_counter()
-            logits, labels = targets(model, batch)
-            nn.functional.cross_entropy(logits.float(), labels).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            seconds[name].append(time.perf_counter() - began)
-            del logits
-    found = {name: median(s[1:]) for name, s in seconds.items()}  # the first of each allocates
-    for name, s in found.items():
-        against = next((n for n in ("lora", "full") if name != n and n in name.replace("qat", "full")), None)
-        ratio = None if against is None else round(s / found[against], 3)
-        yield {
-            "what": f"{BATCH} x {LENGTH} tokens",
-            "name": name,
-            "seconds": round(s, 2),
-            "over": against,
-            "ratio": ratio,
-        }
+    ready = {name: _ready(setting, *kind) for name, kind in kinds.items()}
+    for dtype in (torch.bfloat16, torch.float32):
+        seconds: dict[str, list[float]] = {name: [] for name in kinds}
+        for _ in range(ROUNDS + 1):
+            for name, (model, optimizer) in ready.items():
+                seconds[name].append(_step(model, optimizer, batch, dtype))
+        found = {name: median(s[1:]) for name, s in seconds.items()}  # the first of each allocates
+        for name, s in found.items():
+            against = next((n for n in ("lora", "full") if name != n and n in name.replace("qat", "full")), None)
+            yield {"what": f"{BATCH} x {LENGTH} tokens, {str(dtype).removeprefix('torch.')}", "name": name,
+                   "seconds": round(s, 2), "over": against,
+                   "ratio": None if against is None else round(s / found[against], 3)}  # fmt: skip
+
+
+def _ready(setting: Setting, method: str, to: str | None, init: str | None) -> tuple[nn.Module, torch.optim.Optimizer]:
+    there = setting.copy()
+    for step in method_steps(method, to, {"data": setting.calibration("prose", BATCH)}, init=init):
+        if isinstance(step, Train):
+            break
+        with torch.no_grad():
+            step(there)
+    trainable(there.model)
+    parameters = [p for p in there.model.parameters() if p.requires_grad]
+    return there.model.train(), torch.optim.AdamW(parameters, lr=1e-6)
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: data.Batch, dtype: torch.dtype) -> float:
+    began = time.perf_counter()
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        logits, labels = targets(model, batch)
+        loss = nn.functional.cross_entropy(logits.float(), labels)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return time.perf_counter() - began
