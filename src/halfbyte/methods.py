@@ -15,7 +15,7 @@ from halfbyte.run import Run
 from halfbyte.scheme import Mix, Scheme, to_scheme
 from halfbyte.solvers import SOLVERS, solver
 from halfbyte.steps import SHARES, Adapt, Dequantize, Freeze, Grid, Merge, Step, Teacher, Train, Transform
-from halfbyte.transforms import transform
+from halfbyte.transforms import check_untie, transform
 from halfbyte.weight import check_learnable
 
 
@@ -191,8 +191,7 @@ def _check_init(method: str, made: Method, init: str | None) -> None:
 
 def _check_transforms(method: str, made: Method, init: str | None, names: Sequence[str], untie: bool) -> None:
     """A transform changes all weights, so that no adapter's folder would fit the model that it was trained on."""
-    if untie and not names:
-        raise InputError("--untie: nothing gives the head a weight of its own without --transform hadamard.")
+    check_untie(untie, names)
     for name in names:
         transform(name)
         if not made.begins:

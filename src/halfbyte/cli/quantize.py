@@ -77,6 +77,7 @@ def command(
     from halfbyte.cli.target import Target, choose, wanted
     from halfbyte.folders import FILES, begin, check_free, disk_bytes, finished
     from halfbyte.scheme import to_scheme
+    from halfbyte.transforms import check_untie
 
     if resume and finished(output, overwrite):
         say(f"{output} is finished; nothing to do.")
@@ -94,8 +95,7 @@ def command(
         chosen = choose(model, output, target, solver, text, dtype, revision)
         form, solver, text["calibration"] = chosen.scheme, chosen.solver, chosen.rows
     solver = solver or "rtn"
-    if untie and not transform:
-        raise InputError("--untie: nothing gives the head a weight of its own without --transform hadamard.")
+    check_untie(untie, transform or [])
     if transform and imatrix is not None:
         raise InputError(
             "--imatrix and --transform: what a matrix says of inputs no longer holds once they are changed."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -71,3 +71,9 @@ def transform(name: str) -> Transform:
     if name not in TRANSFORMS:
         raise InputError(f"--transform {name}: there is no such transform; those are {', '.join(TRANSFORMS)}.")
     return TRANSFORMS[name]
+
+
+def check_untie(untie: bool, names: Sequence[str]) -> None:
+    """Raises InputError for a leave that no transform is there to use."""
+    if untie and not names:
+        raise InputError("--untie: nothing gives the head a weight of its own without --transform hadamard.")
