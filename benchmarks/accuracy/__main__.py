@@ -1,14 +1,15 @@
 """Accuracy per bit: our solvers, files and choices of formats beside the peers', on text that nothing was chosen on.
 
     python benchmarks/accuracy [--only floor,eight,w4,w3,w2,mixes,ik,sizes] [--windows 6] [--calibration 16]
-        [--rows gptq,...] [--text prose] [--peers PYTHON] [--ik PROGRAM] [--json FILE]
+        [--rows gptq,...] [--text prose] [--novels FILE] [--peers PYTHON] [--ik PROGRAM] [--json FILE]
     python benchmarks/accuracy --table FILE ...
 
 The model is SmolLM2-135M off its grid (see setting.py). Every row is measured on held-out windows of two domains, of
 which calibration text is of one (`--text prose`, `docstrings`) or of none (`self`): the mean KL to the float model, the
 difference of losses on the same tokens with its 95% interval, and how often the likeliest token is the same; errors are
 bootstrapped over windows. `--train` measures on windows of the training part instead that calibration does not see: for
-experiments, so that choices made here do not spoil the held-out text.
+experiments, so that choices made here do not spoil the held-out text. --novels: prose is Jane Austen's instead of the
+demo's, on which the targets were measured.
 
 --peers: the Python of a throw-away environment with the peers of peer.py. --ik: ik_llama.cpp's llama-quantize. What is
 not given is named, and left out. --json adds the rows to a file, a line each, which --table prints as Markdown.
@@ -42,6 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ik-mixes", default=files.IK_MIXES)
     parser.add_argument("--sizes", default=files.SIZES, help="MB")
     parser.add_argument("--solver", default="gptq", help="of the files whose sizes are given")
+    parser.add_argument("--novels", type=Path, help="prose from this file, see novels.py")
     parser.add_argument("--peers", type=Path)
     parser.add_argument("--ik", type=Path)
     parser.add_argument("--json", type=Path)
@@ -78,7 +80,7 @@ def main() -> None:
     ):
         if flag is None:
             print(f"{what} are left out.", flush=True)
-    setting = Setting(args.windows, not args.train, args.calibration)
+    setting = Setting(args.windows, not args.train, args.calibration, args.novels)
     for name in args.only.split(","):
         assert name in SECTIONS.split(","), f"--only {name}: sections are {SECTIONS}."
         for row in section(name, setting, args):

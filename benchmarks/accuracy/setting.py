@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import random
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import novels
 import torch
 
 from halfbyte import data, evaluate, models, run, sample_data, self_samples
@@ -32,11 +35,13 @@ def off_the_grid(model: torch.nn.Module, role: dict[str, str]) -> None:
 @dataclass
 class Setting:
     """windows: of each text that is measured on. held_out: whether that is the held-out part; otherwise it is windows
-    of the training part that calibration does not see, for experiments. rows: of calibration text."""
+    of the training part that calibration does not see, for experiments. rows: of calibration text. novels: the file that
+    prose is taken from (see novels.py) instead of from the demo's domain."""
 
     windows: int = 6
     held_out: bool = True
     rows: int = 16
+    novels: Path | None = None
     _known: dict[str, data.Dataset] = field(default_factory=dict)
 
     @cached_property
@@ -49,11 +54,18 @@ class Setting:
 
     @cached_property
     def texts(self) -> dict[str, data.Dataset]:
-        part = "heldout" if self.held_out else "train"
-        found = {
-            k: data.encode(data.records(v()[part][:400]), self.reference.tokenizer, LENGTH) for k, v in TEXTS.items()
-        }
-        return {k: replace(d, rows=d.rows[: self.windows]) for k, d in found.items()}
+        return {name: self._measured_on(name) for name in TEXTS}
+
+    def _measured_on(self, name: str) -> data.Dataset:
+        if self.novels and name == "prose" and not self.held_out:
+            return replace(self._whole(name), rows=self._whole(name).rows[: self.windows])
+        part = self._split(name)["heldout" if self.held_out else "train"]
+        found = data.encode(data.records(part[:400]), self.reference.tokenizer, LENGTH)
+        step = len(found) // self.windows if self.novels and name == "prose" else 1  # of all of a novel
+        return replace(found, rows=found.rows[::step][: self.windows])
+
+    def _split(self, name: str) -> sample_data.Split:
+        return novels.split(self.novels) if self.novels and name == "prose" else TEXTS[name]()
 
     @cached_property
     def references(self) -> dict[str, evaluate.Reference]:
@@ -81,11 +93,17 @@ class Setting:
         return replace(found, rows=found.rows[:wanted])
 
     def _calibration(self, name: str) -> data.Dataset:
+        found = self._whole(name)
+        return replace(found, rows=found.rows[0 if self.held_out else self.windows :])
+
+    def _whole(self, name: str) -> data.Dataset:
         # all that a record says, as text: peers take whole rows of tokens
-        texts = [{"text": r.get("text") or r["prompt"] + r["completion"]} for r in TEXTS[name]()["train"]]
+        texts = [{"text": r.get("text") or r["prompt"] + r["completion"]} for r in self._split(name)["train"]]
         found = data.windows(data.records(texts), self.reference.tokenizer, LENGTH)
         whole = [r for r in found.rows if len(r) == LENGTH]
-        return replace(found, rows=whole[0 if self.held_out else self.windows :])
+        if self.novels and name == "prose":  # so that a few are of all novels
+            random.Random(0).shuffle(whole)
+        return replace(found, rows=whole)
 
     def copy(self) -> Run:
         return copy.deepcopy(self.reference)
