@@ -16,7 +16,7 @@ from halfbyte.qtensor import QParams, QTensor, grid_values
 from halfbyte.solvers import gptq
 
 SAYS = "AutoRound from GPTQ's codes: rounding and scales learned against each block's outputs"
-ITERATIONS = 100
+ITERATIONS, PASSES = 100, 6  # so many at least, and so often through all rows
 BATCH = 4  # rows of text an iteration
 RATE, SCALE_RATE = 0.001, 0.0003  # of a step between codes, and of a scale, at first; they fall to 0
 BETAS = (0.9, 0.95)  # of Adam
@@ -145,10 +145,11 @@ def _loss(block: nn.Module, inputs: list[Any], targets: list[Tensor]) -> float:
 def _descend(block: nn.Module, inputs: list[Any], targets: list[Tensor], learned: list[Rounding]) -> None:
     generator = torch.Generator().manual_seed(0)
     batch = max(1, BATCH // len(inputs[0].x))
-    for i in range(ITERATIONS):
+    iterations = max(ITERATIONS, PASSES * len(inputs) // batch)
+    for i in range(iterations):
         for j in torch.randperm(len(inputs), generator=generator)[:batch].tolist():
             with torch.enable_grad():
                 _error(block, inputs[j], targets[j]).backward()
-        left = 1 - i / ITERATIONS
+        left = 1 - i / iterations
         for r in learned:
             r.step(RATE * left, SCALE_RATE * left)
