@@ -25,6 +25,7 @@ struct V {
     static F smaller(F a, F b) { return _mm512_min_ps(a, b); }
     static F larger(F a, F b) { return _mm512_max_ps(a, b); }
     static F add_where_above(F sum, F x, F bound, F step) { return _mm512_mask_add_ps(sum, _mm512_cmp_ps_mask(x, bound, _CMP_GT_OQ), sum, step); }
+    static unsigned differ(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_OQ); }
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static I words(const uint8_t* p) { return _mm512_loadu_si512(p); }
     static I words(const uint8_t* p, int n) { return _mm512_maskz_loadu_epi32((__mmask16)((1u << n) - 1), p); }
@@ -73,6 +74,8 @@ struct V {
     static F larger(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
     static __m256 step_above(__m256 x, __m256 bound, __m256 step) { return _mm256_and_ps(_mm256_cmp_ps(x, bound, _CMP_GT_OQ), step); }
     static F add_where_above(F sum, F x, F bound, F step) { return add(sum, {step_above(x.a, bound.a, step.a), step_above(x.b, bound.b, step.b)}); }
+    static unsigned half_differ(__m256 x, __m256 y) { return (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_NEQ_OQ)); }
+    static unsigned differ(F x, F y) { return half_differ(x.a, y.a) | half_differ(x.b, y.b) << 8; }
     static F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
     static I words(const uint8_t* p) { return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))}; }
     static I words(const uint8_t* p, int n) {
@@ -142,6 +145,7 @@ struct V {  // loops that any compiler takes, and most make vectors of
     static F smaller(F a, F b) { return each([&](int i) { return a.x[i] < b.x[i] ? a.x[i] : b.x[i]; }); }
     static F larger(F a, F b) { return each([&](int i) { return a.x[i] > b.x[i] ? a.x[i] : b.x[i]; }); }
     static F add_where_above(F sum, F x, F bound, F step) { return each([&](int i) { return x.x[i] > bound.x[i] ? sum.x[i] + step.x[i] : sum.x[i]; }); }
+    static unsigned differ(F a, F b) { unsigned r = 0; for (int i = 0; i < 16; i++) r |= (unsigned)(a.x[i] < b.x[i] || a.x[i] > b.x[i]) << i; return r; }
     static F fma(F a, F b, F c) { return each([&](int i) { return a.x[i] * b.x[i] + c.x[i]; }); }
     static I words(const uint8_t* p) { return words(p, 16); }
     static I words(const uint8_t* p, int n) { I r = {}; memcpy(r.x, p, (size_t)(4 * n)); return r; }

@@ -3,8 +3,8 @@
     apt-get download r-cran-janeaustenr && dpkg-deb -x r-cran-janeaustenr_*.deb novels
     ... --novels novels/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb
 
-One is held out: the one whose perplexity under the packaged model, 37.1, is nearest to 37.2, that of the text on which the
-targets were measured.
+One is held out: the one whose perplexity under the packaged model, 37.1, is nearest to 37.2, that of the text on which
+the targets were measured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def split(database: Path) -> Split:
     """{"text"} records, a novel each."""
     books = [_text(raw) for raw in _entries(database.read_bytes())]
     held = [b for b in books if b.startswith(HELD_OUT)]
-    assert len(books) == 6 and len(held) == 1, f"{database} has {len(books)} books, {len(held)} called {HELD_OUT}."
+    assert (len(books), len(held)) == (6, 1), f"{database} has {len(books)} books, {len(held)} called {HELD_OUT}."
     return {"train": [{"text": b} for b in books if b not in held], "heldout": [{"text": b} for b in held]}
 
 

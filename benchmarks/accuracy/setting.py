@@ -35,8 +35,8 @@ def off_the_grid(model: torch.nn.Module, role: dict[str, str]) -> None:
 @dataclass
 class Setting:
     """windows: of each text that is measured on. held_out: whether that is the held-out part; otherwise it is windows
-    of the training part that calibration does not see, for experiments. rows: of calibration text. novels: the file that
-    prose is taken from (see novels.py) instead of from the demo's domain."""
+    of the training part that calibration does not see, for experiments. rows: of calibration text. novels: the file
+    that prose is taken from (see novels.py) instead of from the demo's domain."""
 
     windows: int = 6
     held_out: bool = True

@@ -51,6 +51,17 @@ def test_torch_and_the_kernels_choose_the_same_codes(name):
         torch.testing.assert_close(proxy.loss(w, a, h).sum(), proxy.loss(w, b, h).sum(), rtol=1e-2, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ["int4-channel", "uint4-tensor"])
+@pytest.mark.parametrize("inputs", [1, 7, 40, 130])
+def test_rows_and_columns_need_not_fill_lanes_and_spans(name, inputs):
+    w, p, h = case(name, 70, inputs)
+    fast = rounded(w, p, h, name)
+    with kernels.using("reference"):
+        slow = rounded(w, p, h, name)
+    for a, b in zip(fast, slow, strict=True):
+        assert (a.codes == b.codes).all(1).float().mean() > 0.9
+
+
 @pytest.mark.parametrize("name", SOLVED)
 def test_each_step_loses_less(name):
     w, p, h = case(name)

@@ -44,7 +44,7 @@ def descend(w: Tensor, q: QTensor, h: Tensor, passes: int = 8) -> QTensor:
     """q with each code moved to the best there is while the row's others stay, columns in turn, until nothing changes
     or for so many passes: coordinate descent on the proxy loss, which never rises. w (out, in), h float32 (in, in)."""
     codes = q.codes.clone()
-    _solve(q, w.float(), h, _groups(q.format, w.shape[1]), codes, passes)
+    _solve(q, (values(q) - w.float()) @ h, h, _groups(q.format, w.shape[1]), codes, passes)
     return with_codes(q, codes)
 
 
@@ -121,7 +121,7 @@ def _groups(f: Format, inputs: int) -> Tensor:
 
 
 def _solve(q: QTensor, w: Tensor, m: Tensor, group: Tensor, codes: Tensor, passes: int) -> None:
-    """Writes `codes`."""
+    """Writes `codes`. w: with passes over codes that are there, the gradient (q - w) H."""
     out, f = w.shape[0], q.format
     p = q.qparams
     scale, zero = (None if t is None else t.float().reshape(-1) for t in (p.scale, p.zero))
@@ -166,7 +166,7 @@ def _reference(
             w[:, j + 1 :] -= error[:, None] * m[j + 1 :, j]
         return
     held = torch.stack([value(codes[:, j]) for j, (_, value) in enumerate(columns)], 1)
-    gradient = (held - w) @ m
+    gradient = w.clone()
     for _ in range(passes):
         before = codes.clone()
         for j, (code, value) in enumerate(columns):

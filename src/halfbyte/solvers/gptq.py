@@ -21,7 +21,8 @@ SAYS = "GPTQ, then descent on its loss in codes and scales"
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
 RIDGE = 0.03  # likewise, where it is told from inputs what a block is short of
 ROUNDS = 2
-_ELEMENTS = 1 << 24  # of the rows that are solved at a time, and of the largest temporary while scales are fitted
+_ELEMENTS = 1 << 24  # of the rows that are solved at a time
+_NEAR = 1 << 20  # of a temporary that stays in a cache
 EXACT = 4096  # inputs up to which H is factored in float64; above it, that would take the most memory of all
 _log = logging.getLogger("halfbyte")
 
@@ -195,7 +196,7 @@ def refitted(w: Tensor, q: QTensor, h: Tensor) -> QTensor:
     integer = None if p.zero is None or f.zero != "integer" else p.zero.reshape(-1, 1)
     v = grid_values(q.codes.reshape(out * groups, -1), f, integer).reshape(out, groups, -1)
     added = p.zero is not None and integer is None
-    step = max(1, _ELEMENTS // ((1 + added) * groups * inputs))
+    step = max(1, _NEAR // max(inputs, ((1 + added) * groups) ** 2))
     found = torch.cat([_least_squares(w[i : i + step].float(), v[i : i + step], added, h) for i in range(0, out, step)])
     scale = torch.where(found[:, 0].isfinite() & (found[:, 0] != 0), found[:, 0], p.scale)
     return proxy.with_qparams(q, QParams(scale, found[:, 1] if added else p.zero))
@@ -210,11 +211,19 @@ def _least_squares(w: Tensor, v: Tensor, added: bool, h: Tensor) -> Tensor:
     """
     rows, groups, n = v.shape
     basis = [v, torch.ones_like(v)] if added else [v]
-    k = groups * len(basis)
-    parts = [torch.einsum("rgn,gni->rgi", b, h.reshape(groups, n, -1)) for b in basis]
-    hv = (torch.stack(parts, 1) if added else parts[0]).reshape(rows, k, groups, n)
-    a = torch.stack([(hv * b[:, None]).sum(-1) for b in basis], 2).reshape(rows, k, k).double()
-    b = (hv.reshape(rows, k, -1) @ w[:, :, None])[..., 0].double()
+    k = len(basis) * groups
+    a = torch.empty(rows, len(basis), groups, len(basis), groups, dtype=torch.float64)
+    for g in range(groups):
+        there = h[g * n : (g + 1) * n, g * n :]
+        for i, part in enumerate(basis):
+            seen = (part[:, g] @ there).reshape(rows, groups - g, n)
+            for j, other in enumerate(basis):
+                products = (seen * other[:, g:]).sum(-1)
+                a[:, i, g, j, g:] = products
+                a[:, j, g:, i, g] = products
+    wanted = (w @ h).reshape(rows, groups, n)
+    b = torch.cat([(wanted * part).sum(-1) for part in basis], 1).double()
+    a = a.reshape(rows, k, k)
     diagonal = a.diagonal(dim1=1, dim2=2)
     diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + 1e-30  # groups of zeros alone
     return torch.linalg.solve(a, b).float().reshape(rows, len(basis), groups)
