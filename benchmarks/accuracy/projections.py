@@ -53,7 +53,7 @@ SECTIONS: dict[str, tuple[Ours | Peer, ...]] = {
         Ours(f"int{bits}-g{GROUP}", "rtn"), Ours(f"uint{bits}-g{GROUP}-affine", "hqq"), Peer("hqq", bits),
         Ours(f"int{bits}-g{GROUP}", "gptq"), Peer("llmcompressor", bits),
         Peer("autoround", bits, iterations=50, rows=32), Ours(f"int{bits}-g{GROUP}", "autoround", rows=64),
-        *((Ours("int4-g64", "autoround", rows=128), Peer("bitsandbytes", 4)) if bits == 4 else ()),
+        *((Ours("int4-g64", "autoround", rows=256), Peer("bitsandbytes", 4)) if bits == 4 else ()),
     )
     for bits in (4, 3, 2)
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """Training that knows the format it ships in: what it wins back, and what it costs.
 
-    python benchmarks/qat [--only kl,domain,roads,ranks,steps] [--steps 36] [--train] [--windows 6] [--json FILE]
+    python benchmarks/qat [--only kl,domain,roads,ranks,steps] [--steps 36] [--train] [--windows 6] [--novels FILE]
+        [--json FILE]
     python benchmarks/qat --table FILE ...
 
 The model is SmolLM2-135M off its grid (benchmarks/accuracy/setting.py), the text what it is calibrated on there: 4 rows
@@ -38,13 +39,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=36)
     parser.add_argument("--windows", type=int, default=6)
     parser.add_argument("--train", action="store_true", help="measure on windows of the training part")
+    parser.add_argument("--novels", type=Path, help="prose from this file, see accuracy/novels.py")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--table", type=Path, nargs="+")
     return parser.parse_args()
 
 
 def rows(args: argparse.Namespace) -> Iterator[dict]:
-    setting = Setting(args.windows, not args.train, 16)
+    setting = Setting(args.windows, not args.train, 16, args.novels)
     rates = [float(r) for r in args.rates.split(",")] if args.rates else []
     for name in args.only.split(","):
         for row in SECTIONS[name](setting, trials.Asked(args.steps, args.rows or "", rates)):

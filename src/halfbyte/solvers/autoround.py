@@ -16,7 +16,7 @@ from halfbyte.qtensor import QParams, QTensor, grid_values
 from halfbyte.solvers import gptq
 
 SAYS = "AutoRound from GPTQ's codes: rounding and scales learned against each block's outputs"
-ITERATIONS, PASSES = 100, 6  # so many at least, and so often through all rows
+ITERATIONS = 90, 40  # for what the block's own floats give, and, once the weight that closes has its codes, for all
 BATCH = 4  # rows of text an iteration
 RATE, SCALE_RATE = 0.001, 0.0003  # of a step between codes, and of a scale, at first; they fall to 0
 BETAS = (0.9, 0.95)  # of Adam
@@ -26,24 +26,41 @@ def solve(
     block: nn.Module, inputs: list[Any] | None, targets: list[Tensor] | None, sites: Mapping[str, Any]
 ) -> dict[str, QTensor]:
     """See halfbyte.solvers.Solve."""
-    solved = gptq.solved(block, inputs, targets, sites)
-    found = {name: q for name, (q, _) in solved.items()}
+    codes, closing = gptq.opened(sites)
     if inputs is None or targets is None:
-        return found
+        return codes
+    floats = {name: site.op.weight.value() for name, site in sites.items()}
+    own = _outputs(block, inputs)
+    codes = _learned(block, inputs, own, sites, codes, floats, ITERATIONS[0])
+    if closing is not None:
+        last, floats[closing] = gptq.closed(block, inputs, targets, sites, closing, codes)
+        with gptq.seen_as(sites, {**codes, closing: floats[closing]}):
+            own = _outputs(block, inputs)
+        codes[closing] = last
+    between = [o + (t - o) / 2 for o, t in zip(own, targets, strict=True)]
+    return _learned(block, inputs, between, sites, codes, floats, ITERATIONS[1])
+
+
+@torch.no_grad()
+def _outputs(block: nn.Module, inputs: list[Any]) -> list[Tensor]:
+    return [call(block).clone() for call in inputs]
+
+
+def _learned(
+    block: nn.Module, inputs: list[Any], targets: list[Tensor], sites: Mapping[str, Any], codes: dict[str, QTensor],
+    floats: Mapping[str, Tensor], iterations: int,
+) -> dict[str, QTensor]:  # fmt: skip
+    """The codes, or others by which the block's outputs are nearer to the targets; what has none yet is seen as it is."""
     learned = {
-        name: Rounding(solved[name][1], found[name])
-        for name, site in sites.items()
-        if proxy.refuses(site.format, tuple(site.op.weight.shape)) is None
+        name: Rounding(floats[name], q) for name, q in codes.items() if proxy.refuses(q.format, tuple(q.shape)) is None
     }
     if not learned:
-        return found
-    with _seen_through(sites, learned):
+        return codes
+    with gptq.seen_as(sites, {n: q for n, q in codes.items() if n not in learned}), _seen_through(sites, learned):
         before = _loss(block, inputs, targets)
-        _descend(block, inputs, targets, list(learned.values()))
+        _descend(block, inputs, targets, list(learned.values()), iterations)
         after = _loss(block, inputs, targets)
-    if not after < before:
-        return found
-    return found | {name: r.quantized(found[name]) for name, r in learned.items()}
+    return codes | {n: r.quantized(codes[n]) for n, r in learned.items()} if after < before else codes
 
 
 class Rounding(nn.Module):
@@ -142,10 +159,11 @@ def _loss(block: nn.Module, inputs: list[Any], targets: list[Tensor]) -> float:
     return sum(float(_error(block, c, t)) for c, t in zip(inputs, targets, strict=True))
 
 
-def _descend(block: nn.Module, inputs: list[Any], targets: list[Tensor], learned: list[Rounding]) -> None:
+def _descend(
+    block: nn.Module, inputs: list[Any], targets: list[Tensor], learned: list[Rounding], iterations: int
+) -> None:
     generator = torch.Generator().manual_seed(0)
     batch = max(1, BATCH // len(inputs[0].x))
-    iterations = max(ITERATIONS, PASSES * len(inputs) // batch)
     for i in range(iterations):
         for j in torch.randperm(len(inputs), generator=generator)[:batch].tolist():
             with torch.enable_grad():

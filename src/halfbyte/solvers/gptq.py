@@ -32,15 +32,15 @@ def solve(
 ) -> dict[str, QTensor]:
     """See halfbyte.solvers.Solve. What saw no input, or has a format that is not solved for, is rounded to nearest, and
     the log says so."""
-    return {name: q for name, (q, _) in solved(block, inputs, targets, sites).items()}
+    codes, closing = opened(sites)
+    if inputs and targets and closing is not None:
+        codes[closing], _ = closed(block, inputs, targets, sites, closing, codes)
+    return codes
 
 
-def solved(
-    block: nn.Module, inputs: list[Any] | None, targets: list[Tensor] | None, sites: Mapping[str, Any]
-) -> dict[str, tuple[QTensor, Tensor]]:
-    """As `solve`, with the weights that the codes were found for: those of the ops, but for the one that closes."""
+def opened(sites: Mapping[str, Any]) -> tuple[dict[str, QTensor], str | None]:
+    """Codes of all weights but the one that closes, and the name of that one."""
     out: dict[str, QTensor] = {}
-    weights = {name: site.op.weight.value() for name, site in sites.items()}
     alike: dict[int, list[str]] = {}  # by their moments: what is fed the same
     closing = None
     for name, site in sites.items():
@@ -49,7 +49,7 @@ def solved(
         why = proxy.refuses(f, tuple(site.op.weight.shape)) or ("it saw no input" if blind else None)
         if why is not None:
             _log.warning("%s is rounded to nearest: %s", name, why)
-            out[name] = rtn.quantize(weights[name], f)
+            out[name] = rtn.quantize(site.op.weight.value(), f)
         elif site.closes:
             closing = name
         else:
@@ -57,21 +57,29 @@ def solved(
     for names in alike.values():
         form = Form.of(sites[names[0]].moments.gram)
         for name in names:
-            out[name] = quantize(weights[name], sites[name].format, form)
-    if inputs and targets and closing is not None:
-        with _seen_as({n: sites[n].op.weight for n in out}, out):
-            weights[closing], form = _closed(block, inputs, targets, sites[closing])
-        out[closing] = quantize(weights[closing], sites[closing].format, form)
-    return {name: (out[name], weights[name]) for name in sites}
+            out[name] = quantize(sites[name].op.weight.value(), sites[name].format, form)
+    return out, closing
+
+
+def closed(
+    block: nn.Module, inputs: list[Any], targets: list[Tensor], sites: Mapping[str, Any], closing: str,
+    codes: Mapping[str, QTensor],
+) -> tuple[QTensor, Tensor]:  # fmt: skip
+    """Codes of the weight that closes, given all others', and the weight that they were found for."""
+    with seen_as(sites, codes):
+        w, form = _closed(block, inputs, targets, sites[closing])
+    return quantize(w, sites[closing].format, form), w
 
 
 @contextmanager
-def _seen_as(weights: Mapping[str, Any], codes: Mapping[str, QTensor]) -> Iterator[None]:
-    """The weights are inside what codes stand for."""
+def seen_as(sites: Mapping[str, Any], values: Mapping[str, QTensor | Tensor]) -> Iterator[None]:
+    """The named sites' weights are inside these floats, or what these codes stand for."""
+    weights = {name: sites[name].op.weight for name in values}
     floats = {name: w.stored for name, w in weights.items()}
     try:
         for name, w in weights.items():
-            w.store(proxy.values(codes[name]).to(w.dtype))
+            v = values[name]
+            w.store((proxy.values(v) if isinstance(v, QTensor) else v).to(w.dtype))
         yield
     finally:
         for name, w in weights.items():
