@@ -16,7 +16,7 @@ from halfbyte.qtensor import QParams, QTensor, grid_values
 from halfbyte.solvers import gptq
 
 SAYS = "AutoRound from GPTQ's codes: rounding and scales learned against each block's outputs"
-ITERATIONS = 90, 40  # for what the block's own floats give, and, once the weight that closes has its codes, for all
+ITERATIONS = 75, 30  # for what the block's own floats give, and, once the weight that closes has its codes, for all
 BATCH = 4  # rows of text an iteration
 RATE, SCALE_RATE = 0.001, 0.0003  # of a step between codes, and of a scale, at first; they fall to 0
 BETAS = (0.9, 0.95)  # of Adam
