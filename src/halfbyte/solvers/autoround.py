@@ -50,7 +50,7 @@ def _learned(
     block: nn.Module, inputs: list[Any], targets: list[Tensor], sites: Mapping[str, Any], codes: dict[str, QTensor],
     floats: Mapping[str, Tensor], iterations: int,
 ) -> dict[str, QTensor]:  # fmt: skip
-    """The codes, or others by which the block's outputs are nearer to the targets; what has none yet is seen as it is."""
+    """The codes, or others by which the block's outputs are nearer to the targets; what has none yet stays a float."""
     learned = {
         name: Rounding(floats[name], q) for name, q in codes.items() if proxy.refuses(q.format, tuple(q.shape)) is None
     }
