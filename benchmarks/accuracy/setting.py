@@ -57,15 +57,19 @@ class Setting:
         return {name: self._measured_on(name) for name in TEXTS}
 
     def _measured_on(self, name: str) -> data.Dataset:
-        if self.novels and name == "prose" and not self.held_out:
-            return replace(self._whole(name), rows=self._whole(name).rows[: self.windows])
-        part = self._split(name)["heldout" if self.held_out else "train"]
-        found = data.encode(data.records(part[:400]), self.reference.tokenizer, LENGTH)
-        step = len(found) // self.windows if self.novels and name == "prose" else 1  # of all of a novel
+        if self._of_novels(name) and not self.held_out:
+            found = self._whole(name)
+        else:
+            part = self._split(name)["heldout" if self.held_out else "train"]
+            found = data.encode(data.records(part[:400]), self.reference.tokenizer, LENGTH)
+        step = len(found) // self.windows if self._of_novels(name) and self.held_out else 1  # of all of the novel
         return replace(found, rows=found.rows[::step][: self.windows])
 
+    def _of_novels(self, name: str) -> bool:
+        return self.novels is not None and name == "prose"
+
     def _split(self, name: str) -> sample_data.Split:
-        return novels.split(self.novels) if self.novels and name == "prose" else TEXTS[name]()
+        return novels.split(self.novels) if self.novels and self._of_novels(name) else TEXTS[name]()
 
     @cached_property
     def references(self) -> dict[str, evaluate.Reference]:
@@ -101,7 +105,7 @@ class Setting:
         texts = [{"text": r.get("text") or r["prompt"] + r["completion"]} for r in self._split(name)["train"]]
         found = data.windows(data.records(texts), self.reference.tokenizer, LENGTH)
         whole = [r for r in found.rows if len(r) == LENGTH]
-        if self.novels and name == "prose":  # so that a few are of all novels
+        if self._of_novels(name):  # so that a few are of all novels
             random.Random(0).shuffle(whole)
         return replace(found, rows=whole)
 
