@@ -170,6 +170,7 @@ def domain(setting: Setting, asked: Asked) -> Iterator[dict]:
         Trial("smooth, qat", "qat", 2e-4, "W8A8", first=("smooth",)),
         Trial("qat", "qat", 4e-4, W4),
         Trial("gptq, qat", "qat", 4e-4, W4, "gptq", more={"scale_lr_ratio": 0.1}),
+        Trial("autoround, qat", "qat", 4e-4, W4, "autoround", more={"scale_lr_ratio": 0.1}),
     )
     for t in chosen(trials, asked):
         found = trained(setting, t, asked)

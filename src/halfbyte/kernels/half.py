@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
 
 import torch
 
@@ -26,7 +25,17 @@ def few_bits(formats: Iterable[Format]) -> bool:
     return fast() and max((f.bits for f in formats), default=16) <= MOST_BITS
 
 
-def half_products(on: bool) -> AbstractContextManager[Any]:
-    """Inside, torch multiplies floats in bfloat16, if `on`."""
-    # weights change all the time, and torch would keep every one that it cast
-    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if on else nullcontext()
+@contextmanager
+def half_products(on: bool) -> Iterator[None]:
+    """Inside, torch multiplies floats in bfloat16, if `on`: what layers multiply, and sums over tokens in float32."""
+    if not on:
+        yield
+        return
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "bf16"  # of products in place, which autocast leaves as they are
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # weights change all the time
+            yield
+    finally:
+        matmul.fp32_precision = before

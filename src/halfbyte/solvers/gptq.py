@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from halfbyte.formats import Format
 from halfbyte.kernels import proxy, second_moments
+from halfbyte.kernels.half import half_products
 from halfbyte.qtensor import QParams, QTensor, grid_values
 from halfbyte.solvers import rtn
 
@@ -99,9 +100,10 @@ def _closed(block: nn.Module, inputs: list[Any], targets: list[Tensor], site: An
         for call, target in zip(inputs, targets, strict=True):
             e = (target - call(block)).flatten(0, -2).float().tensor_split(2)
             x = fed.pop().flatten(0, -2).float().tensor_split(2)
-            for (gram, missing), e_part, x_part in zip(halves, e, x, strict=True):
-                second_moments.add(gram, x_part)
-                missing.addmm_(e_part.T, x_part)
+            with half_products(call.half):
+                for (gram, missing), e_part, x_part in zip(halves, e, x, strict=True):
+                    second_moments.add(gram, x_part)
+                    missing.addmm_(e_part.T, x_part)
     finally:
         handle.remove()
     for gram, _ in halves:
