@@ -31,7 +31,7 @@ def half_products(on: bool) -> Iterator[None]:
     if not on:
         yield
         return
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]  # set when torch is imported
     before = matmul.fp32_precision
     try:
         matmul.fp32_precision = "bf16"  # of products in place, which autocast leaves as they are
