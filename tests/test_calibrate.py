@@ -199,3 +199,25 @@ def test_calibrating_leaves_no_hooks_and_no_gradients(tmp_path):
     calibrate.freeze(made.model, {}, Solver("watch", lambda *_: {}, True, ""), batches())
     assert torch.equal(logits(made.model), before)
     assert not any(m._forward_pre_hooks for m in made.model.modules())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_targets_are_those_of_a_model_whose_inputs_are_not_rounded(tmp_path, name):
+    model = models.load(folder(tmp_path / "m", name)).model
+    seen = []
+
+    def solve(block, inputs, targets, sites):
+        seen.append(([call(block) for call in inputs], targets))
+        return solver("rtn").solve(block, inputs, targets, sites)
+
+    wanted = chosen(model, "linear", "conv1d")
+    exact = hidden(model, 0), hidden(model, 1)
+    by_name = dict(ops(model))
+    for n in wanted:
+        by_name[n].input = parse("int4-token")
+    calibrate.freeze(model, wanted, Solver("watch", solve, True, ""), batches())
+    for (outputs, targets), floats in zip(seen, exact, strict=True):
+        for output, target, given in zip(outputs, targets, floats, strict=True):
+            assert torch.equal(target, given)
+            assert not torch.equal(output, target)
+    assert all(by_name[n].input == parse("int4-token") for n in wanted)

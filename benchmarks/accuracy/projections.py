@@ -48,12 +48,16 @@ class Peer:
     rows: int | None = None
 
 
+OF_4 = (
+    Ours(f"uint4-g{GROUP}-affine", "gptq"), Ours(f"uint4-g{GROUP}-affine", "autoround", rows=64),
+    Ours(f"int4-g{GROUP}", "autoround", rows=256), Peer("bitsandbytes", 4),
+)  # fmt: skip
 SECTIONS: dict[str, tuple[Ours | Peer, ...]] = {
     f"w{bits}": (
         Ours(f"int{bits}-g{GROUP}", "rtn"), Ours(f"uint{bits}-g{GROUP}-affine", "hqq"), Peer("hqq", bits),
         Ours(f"int{bits}-g{GROUP}", "gptq"), Peer("llmcompressor", bits),
         Peer("autoround", bits, iterations=50, rows=32), Ours(f"int{bits}-g{GROUP}", "autoround", rows=64),
-        *((Ours("int4-g64", "autoround", rows=256), Peer("bitsandbytes", 4)) if bits == 4 else ()),
+        *(OF_4 if bits == 4 else ()),
     )
     for bits in (4, 3, 2)
 }  # fmt: skip

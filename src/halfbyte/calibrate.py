@@ -101,7 +101,7 @@ def freeze(
             feed.half = bool(prefix) and solver.needs_data and few_bits(formats.values())
             inside = {n: op for n, op in by_name.items() if not prefix or n.startswith(f"{prefix}.")}
             with store.passing():
-                given = feed.targets(i) if prefix and feed.apart else None
+                given = feed.targets(i) if prefix and solver.needs_data and feed.apart(i) else None
                 if codes is None and prefix and solver.needs_data and use.uses == "gram":
                     last = feed.closing(i)
                     closing = last and f"{prefix}.{last}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from halfbyte.data import Batch
 from halfbyte.kernels import second_moments
-from halfbyte.layers import Linear, ops
+from halfbyte.layers import Linear, RoundsInputs, ops
 from halfbyte.solvers import Call, Moments
 
 
@@ -49,15 +49,20 @@ class Feed:
         """Block i's outputs on the present states."""
         return [call(self._blocks[i]) for call in self.calls(i)]
 
-    @property
-    def apart(self) -> bool:
-        """Whether the two are no longer the same."""
-        return self.states is not self.floats
+    def apart(self, i: int) -> bool:
+        """Whether what block i gives in the float model is something else than it gives on the present states."""
+        return self.states is not self.floats or any(op.input is not None for op in self._rounding(i))
 
     @torch.no_grad()
     def targets(self, i: int) -> list[Tensor]:
-        """What the float block i gives in the float model."""
-        return [call(self._blocks[i]) for call in self._on(i, self.floats)]
+        """What the float block i gives in the float model, where no inputs are rounded."""
+        with ExitStack() as stack:
+            for op in self._rounding(i):
+                stack.enter_context(op.unrounded())
+            return [call(self._blocks[i]) for call in self._on(i, self.floats)]
+
+    def _rounding(self, i: int) -> list[RoundsInputs]:
+        return [op for _, op in ops(self._blocks[i]) if isinstance(op, RoundsInputs)]
 
     def _on(self, i: int, states: list[Tensor]) -> list[Call]:
         return [replace(call, x=x, half=self.half) for call, x in zip(self._calls[i], states, strict=True)]

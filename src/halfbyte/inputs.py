@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Self
 
 import torch
@@ -51,6 +52,15 @@ class RoundsInputs(nn.Module):
         self.input_scale = p.scale.detach().reshape(1).clone()
         if p.zero is not None:
             self.input_zero_point = (p.zero.detach().reshape(1) - (1 << (f.bits - 1))).to(torch.int8)
+
+    @contextmanager
+    def unrounded(self) -> Iterator[None]:
+        """Inside, inputs are multiplied as they are."""
+        f, self._input = self._input, None
+        try:
+            yield
+        finally:
+            self._input = f
 
     @property
     def input_qparams(self) -> QParams | None:
