@@ -211,11 +211,12 @@ def test_a_cached_teacher_teaches_the_same(llama, method):
 
 
 def test_of_a_teacher_its_likeliest_tokens_teach_the_same_where_these_are_all(llama):
-    likeliest = [train(llama, "qat", "int3-g32", loss="kl", steps=5, **c) for c in (
+    # scales alone, since a last digit that moves a code moves the loss by far more
+    likeliest = [train(llama, "scales", "int3-g32", loss="kl", steps=5, **c) for c in (
         {}, {"cache_teacher": True, "teacher_top_k": 10_000}, {"cache_teacher": True, "teacher_top_k": 2}
     )]  # fmt: skip
     asked, all_of_them, two = ([row["loss"] for row in m.log.curve] for m in likeliest)
-    assert all_of_them == pytest.approx(asked, rel=1e-3)
+    assert all_of_them == pytest.approx(asked, rel=1e-4)
     assert two[0] < 0.9 * asked[0]
     assert likeliest[1].teacher is None
 
