@@ -75,7 +75,8 @@ def trained(setting: Setting, t: Trial, asked: Asked) -> Result:
     settings = {"data": rows, "steps": asked.steps, "batch_size": BATCH, "max_length": LENGTH,
                 "learning_rate": t.rate, "loss": t.loss, "bf16": True, **t.more}  # fmt: skip
     begun, solving, began = None, 0.0, time.perf_counter()
-    for step in method_steps(t.method, t.to, settings, init=t.init, transforms=t.first):
+    untie = "hadamard" in t.first
+    for step in method_steps(t.method, t.to, settings, init=t.init, transforms=t.first, untie=untie):
         if isinstance(step, Freeze) and step.solver in SAMPLES:
             there, solving = solved(there, step, t)
             continue
