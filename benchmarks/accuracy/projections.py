@@ -48,7 +48,7 @@ class Peer:
     rows: int | None = None
 
 
-OF_4 = (
+AT_4_BITS = (
     Ours(f"uint4-g{GROUP}-affine", "gptq"), Ours(f"uint4-g{GROUP}-affine", "autoround", rows=64),
     Ours(f"int4-g{GROUP}", "autoround", rows=256), Peer("bitsandbytes", 4),
 )  # fmt: skip
@@ -57,7 +57,7 @@ SECTIONS: dict[str, tuple[Ours | Peer, ...]] = {
         Ours(f"int{bits}-g{GROUP}", "rtn"), Ours(f"uint{bits}-g{GROUP}-affine", "hqq"), Peer("hqq", bits),
         Ours(f"int{bits}-g{GROUP}", "gptq"), Peer("llmcompressor", bits),
         Peer("autoround", bits, iterations=50, rows=32), Ours(f"int{bits}-g{GROUP}", "autoround", rows=64),
-        *(OF_4 if bits == 4 else ()),
+        *(AT_4_BITS if bits == 4 else ()),
     )
     for bits in (4, 3, 2)
 }  # fmt: skip
