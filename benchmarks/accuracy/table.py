@@ -23,10 +23,11 @@ def show(rows: Sequence[dict]) -> None:
 
 def _cells(r: dict) -> list[str]:
     prose, other = r["prose"], r["docstrings"]
-    loss = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*prose["loss"])
+    loss, low, high = prose["loss"]
+    interval = "" if low is None else f" [{low:+.3f}, {high:+.3f}]"  # one window has none
     return [
         r["what"], r["by"], r["calibration"] or "-", _number(r["MB"]), _number(r["seconds"]), _kl(prose), _kl(other),
-        loss, f"{prose['top1']:.1%}",
+        f"{loss:+.3f}{interval}", f"{prose['top1']:.1%}",
     ]  # fmt: skip
 
 
@@ -37,4 +38,4 @@ def _number(value: float | None) -> str:
 def _kl(found: dict) -> str:
     value, error = found["kl"]
     digits = 5 if value < 0.01 else 4 if value < 0.1 else 3
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
+    return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"

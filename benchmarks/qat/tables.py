@@ -12,11 +12,15 @@ TITLES = {
 
 
 def _kl(found: dict | None) -> str:
-    return "-" if found is None else "{:.4f} ± {:.4f}".format(*found["kl"])
+    if found is None:
+        return "-"
+    mean, error = found["kl"]
+    return f"{mean:.4f}" if error is None else f"{mean:.4f} ± {error:.4f}"  # one window has none
 
 
 def _loss(found: dict) -> str:
-    return "{:+.4f} [{:+.4f}, {:+.4f}]".format(*found["loss"])
+    mean, low, high = found["loss"]
+    return f"{mean:+.4f}" if low is None else f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def _minutes(r: dict) -> str:
