@@ -98,11 +98,12 @@ def freeze(
         use = solver if prefix or not solver.needs_data else SOLVERS[solver.outside]
         given, told, closing = None, known, None
         if feed is not None:
-            feed.half = bool(prefix) and solver.needs_data and few_bits(formats.values())
+            held = bool(prefix) and solver.needs_data  # to what the block gives in the float model
+            feed.half = held and few_bits(formats.values())
             inside = {n: op for n, op in by_name.items() if not prefix or n.startswith(f"{prefix}.")}
             with store.passing():
-                given = feed.targets(i) if prefix and solver.needs_data and feed.apart(i) else None
-                if codes is None and prefix and solver.needs_data and use.uses == "gram":
+                given = feed.targets(i) if held and feed.apart(i) else None
+                if codes is None and held and use.uses == "gram":
                     last = feed.closing(i)
                     closing = last and f"{prefix}.{last}"
                 if codes is None or (prefix and given is None):
