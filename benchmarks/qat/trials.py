@@ -19,7 +19,7 @@ from halfbyte.steps import Freeze, Merge, Train, Transform
 
 BATCH = 4  # rows of LENGTH tokens a step
 SAMPLES = {"gptq": 16, "autoround": 64}  # rows that a solver is given
-W4 = "int4-g64"
+W4, W4_ZERO = "int4-g64", "uint4-g64-affine"
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,7 @@ def held_to_the_teacher(setting: Setting, asked: Asked) -> Iterator[dict]:
         Trial("gptq, qat", "qat", 3e-5, W4, "gptq", "kl", more={"scale_lr_ratio": 0.3}),
         Trial("autoround, scales", "scales", 2e-5, W4, "autoround", "kl"),
         Trial("autoround, qat", "qat", 3e-5, W4, "autoround", "kl", more={"scale_lr_ratio": 0.3}),
+        Trial("autoround, qat, a zero", "qat", 3e-5, W4_ZERO, "autoround", "kl", more={"scale_lr_ratio": 0.3}),
         Trial("gptq, qat, inputs in 8 bits", "qat", 3e-5, "W4A8", "gptq", "kl", more={"scale_lr_ratio": 0.3}),
     )
     for t in chosen(trials, asked):

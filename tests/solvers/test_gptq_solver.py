@@ -119,3 +119,35 @@ def test_the_last_op_makes_good_what_was_lost_before_it(tmp_path, dtype):
         return lost
 
     assert missing(last) < 0.8 * missing(None)
+
+
+def halves(x, e):
+    """Sums over either half of the text: of x x^T over both, and of what is missing on x."""
+    return x.T @ x, torch.stack([a.T @ b for a, b in zip(e.tensor_split(2), x.tensor_split(2), strict=True)])
+
+
+def test_what_both_halves_of_the_text_agree_on_is_wholly_trusted():
+    x = case(inputs=64)[1].repeat(2, 1)
+    turn = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    gram, missing = halves(x, x @ turn.T)
+    ridge = gptq.RIDGE * gram.diagonal().mean() * torch.eye(64)
+    expected = torch.linalg.solve(gram + ridge, missing.sum(0).T).T
+    torch.testing.assert_close(gptq.regression(gram, missing), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_nothing_is_made_of_what_one_half_of_the_text_denies_the_other():
+    x, turn = case(inputs=64)[1], torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    sign = torch.ones(len(x), 1)
+    sign[len(x) // 2 :] = -1
+    gram, missing = halves(x, sign * (x @ turn.T))
+    assert gptq.regression(gram, missing).abs().max() == 0
+
+
+def test_of_noise_little_is_taken_for_a_loss():
+    """Where inputs say nothing of what is missing, what is found costs less on other text than a plain regression."""
+    x = case(inputs=64)[1]
+    g = torch.Generator().manual_seed(1)
+    noise = torch.randn(len(x), 8, generator=g)
+    gram, missing = halves(x, noise)
+    plain = torch.linalg.solve(gram, missing.sum(0).T).T
+    assert (x @ gptq.regression(gram, missing).T).norm() < 0.5 * (x @ plain.T).norm()

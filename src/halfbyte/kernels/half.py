@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 
 import torch
 
 from halfbyte.formats import Format
+from halfbyte.kernels.attention import InPieces
 
 MOST_BITS = 4  # bfloat16 keeps 8 bits of a number: products are then far nearer than the weights that are looked for
 
@@ -26,6 +27,14 @@ def few_bits(formats: Iterable[Format]) -> bool:
 
 
 @contextmanager
+def half_layers(device: str, cache_enabled: bool = True) -> Iterator[None]:
+    """Inside, layers and attention multiply in bfloat16: torch.autocast, and what is faster on this CPU."""
+    pieces = InPieces() if device == "cpu" and fast() else nullcontext()
+    with torch.autocast(device, torch.bfloat16, cache_enabled=cache_enabled), pieces:
+        yield
+
+
+@contextmanager
 def half_products(on: bool) -> Iterator[None]:
     """Inside, torch multiplies floats in bfloat16, if `on`: what layers multiply, and sums over tokens in float32."""
     if not on:
@@ -35,7 +44,7 @@ def half_products(on: bool) -> Iterator[None]:
     before = matmul.fp32_precision
     try:
         matmul.fp32_precision = "bf16"  # of products in place, which autocast leaves as they are
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # weights change all the time
+        with half_layers("cpu", cache_enabled=False):  # weights change all the time
             yield
     finally:
         matmul.fp32_precision = before

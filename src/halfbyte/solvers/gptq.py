@@ -24,6 +24,7 @@ RIDGE = 0.03  # likewise, where it is told from inputs what a block is short of
 ROUNDS = 2
 _ELEMENTS = 1 << 24  # of the rows that are solved at a time
 _NEAR = 1 << 20  # of a temporary that stays in a cache
+_SMALL = 128  # matrices up to which LAPACK inverts as fast
 EXACT = 4096  # inputs up to which H is factored in float64; above it, that would take the most memory of all
 _log = logging.getLogger("halfbyte")
 
@@ -94,49 +95,40 @@ def _closed(block: nn.Module, inputs: list[Any], targets: list[Tensor], site: An
     (arXiv:2505.11695, equation 7) for what a whole block is fed and loses, as far as it is found on other text too."""
     fed: list[Tensor] = []
     outs, ins = site.op.weight.shape
-    halves = [(torch.zeros(ins, ins), torch.zeros(outs, ins)) for _ in range(2)]
+    gram, missing = torch.zeros(ins, ins), torch.zeros(2, outs, ins)  # of either half of the text
     handle = site.op.register_forward_pre_hook(lambda m, args: fed.append(args[0]))
     try:
         for call, target in zip(inputs, targets, strict=True):
             e = (target - call(block)).flatten(0, -2).float().tensor_split(2)
             x = fed.pop().flatten(0, -2).float().tensor_split(2)
             with half_products(call.half):
-                for (gram, missing), e_part, x_part in zip(halves, e, x, strict=True):
+                for part, e_part, x_part in zip(missing, e, x, strict=True):
                     second_moments.add(gram, x_part)
-                    missing.addmm_(e_part.T, x_part)
+                    part.addmm_(e_part.T, x_part)
     finally:
         handle.remove()
-    for gram, _ in halves:
-        second_moments.mirror(gram)
-    share = _share(halves)
-    (gram, missing), (more, other) = halves
-    gram += more
-    missing += other
-    del halves, more, other
-    change = _regression(gram, missing).mul_(share)
+    second_moments.mirror(gram)
     tokens = sum(t.shape[:-1].numel() for t in targets)
     w = site.op.weight.value()
-    return (w + change).to(w.dtype), Form.of(gram / tokens)
+    return (w + regression(gram, missing)).to(w.dtype), Form.of(gram / tokens)
 
 
-def _share(halves: list[tuple[Tensor, Tensor]]) -> float:
-    """How much of a regression to trust: by how much the one found on half of the text best serves the other half, and
-    so what the one found on all of it, with half the noise, would serve."""
-    gained = spent = 0.0
-    for (gram, missing), (other_gram, other_missing) in (halves, halves[::-1]):
-        change = _regression(gram, missing)
-        gained += (change * other_missing).sum().item()
-        spent += ((change @ other_gram) * change).sum().item()
-    half = min(1.0, max(0.0, gained / spent)) if spent > 0 else 0.0
-    return 2 * half / (1 + half)
+def regression(gram: Tensor, missing: Tensor) -> Tensor:
+    """Of what is missing on inputs (2, out, in), its sums with them over either half of the text: (out, in), as much of
+    it as is to be trusted. With a ridge, which leaves float32 enough.
 
-
-def _regression(gram: Tensor, missing: Tensor) -> Tensor:
-    """Of what is missing on inputs, from sums over tokens: (out, in), with a ridge, which leaves float32 enough."""
+    That is by how much what one half says best serves the other, and so what both say, with half the noise, would
+    serve. Either half's inputs are taken to have half the form of all, so that one factor does: with h = gram + d and
+    c h = m, what the change c that one half asks for costs on the other's inputs, c gram c^T, is c m^T - d c c^T.
+    """
     h = gram.clone()
-    _damp(h, RIDGE)
+    d = _damp(h, RIDGE)
     torch.linalg.cholesky(h, out=h)
-    return torch.cholesky_solve(missing.T, h).T
+    change = torch.cholesky_solve(missing.flatten(0, 1).T, h).T.unflatten(0, missing.shape[:2])
+    gained = (change * missing.flip(0)).sum().item()
+    spent = ((change * missing).sum() - d * change.square().sum()).item()
+    half = min(1.0, max(0.0, gained / spent)) if spent > 0 else 0.0
+    return change.sum(0).mul_(2 * half / (1 + half))
 
 
 @dataclass(frozen=True)
@@ -153,16 +145,17 @@ class Form:
     def of(cls, gram: Tensor, damping: float = DAMPING) -> Form:
         """Of the mean of x x^T, (in, in)."""
         h = gram.float().clone()
-        order = _damp(h, damping).argsort(descending=True)
+        _damp(h, damping)
+        order = h.diagonal().argsort(descending=True)
         return cls(h, order, _factor(h, order))
 
 
-def _damp(h: Tensor, share: float) -> Tensor:
-    """Adds to h's diagonal that share of its mean, or 1 where all inputs were 0; gives the diagonal back."""
-    d = h.diagonal()
-    mean = d.mean()
-    d += share * mean + (0 if mean > 0 else 1)
-    return d
+def _damp(h: Tensor, share: float) -> float:
+    """Adds to h's diagonal that share of its mean, or 1 where all inputs were 0; says how much that is."""
+    mean = h.diagonal().mean().item()
+    added = share * mean if mean > 0 else 1.0
+    h.diagonal().add_(added)
+    return added
 
 
 def _factor(h: Tensor, order: Tensor) -> Tensor:
@@ -171,10 +164,20 @@ def _factor(h: Tensor, order: Tensor) -> Tensor:
     c = h[backward[:, None], backward]
     c = c.double() if len(h) <= EXACT else c
     torch.linalg.cholesky(c, out=c)
-    inverse = torch.eye(len(c), dtype=c.dtype)
-    torch.linalg.solve_triangular(c, inverse, upper=False, out=inverse)
-    del c
-    return inverse.T.flip(0, 1).float().contiguous()
+    _invert(c)
+    return c.T.flip(0, 1).float().contiguous()
+
+
+def _invert(lower: Tensor) -> None:
+    """In place. By halves, which leaves most of it to products of matrices and takes a third of solving for ones."""
+    n = len(lower)
+    if n <= _SMALL:
+        lower.copy_(torch.linalg.solve_triangular(lower, torch.eye(n, dtype=lower.dtype), upper=False))
+        return
+    left, right = slice(n // 2), slice(n // 2, n)
+    _invert(lower[left, left])
+    _invert(lower[right, right])
+    lower[right, left] = -lower[right, right] @ (lower[right, left] @ lower[left, left])
 
 
 def quantize(w: Tensor, f: Format, form: Form, rounds: int = ROUNDS) -> QTensor:

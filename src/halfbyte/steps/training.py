@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from halfbyte import adapters, data, evaluate, layers, resume
 from halfbyte.distill import Distillation, asked, kl_of_likeliest, likeliest, remembered
 from halfbyte.errors import InputError
+from halfbyte.kernels.half import half_layers
 from halfbyte.run import FORM, Run
 from halfbyte.steps.step import Positive, Step, check_length, pad_id, read
 from halfbyte.steps.trained import settle, sleep, trainable
@@ -42,7 +43,7 @@ class Train(Step):
     fake_quant_after_n_steps: steps in which nothing is seen through its grid yet. cache_teacher: whether the teacher is
     run once, its last hidden states kept on disk beside the output and its head run on them in every step.
     teacher_top_k: what is kept instead are that many of the likeliest tokens, which takes less where a model is wide,
-    and nothing of the teacher stays in memory. bf16: whether products are computed in bfloat16 (torch.autocast) where
+    and nothing of the teacher stays in memory. bf16: whether products are computed in bfloat16 (half_layers) where
     the model is in float32; what is trained stays so.
     """
 
@@ -189,7 +190,7 @@ class Train(Step):
             return loss_of
 
         def loss(model: nn.Module, batch: data.Batch) -> Tensor:
-            with torch.autocast(batch.input_ids.device.type, torch.bfloat16):
+            with half_layers(batch.input_ids.device.type):
                 return loss_of(model, batch)
 
         return loss
