@@ -46,7 +46,7 @@ def test_scales_fitted_to_codes_have_the_least_loss_for_them(name):
     w, _, gram = case()
     h = gptq.Form.of(gram).h
     q = kernels.quantize(w, parse(name))
-    fitted = gptq.refitted(q, h, w @ h)
+    fitted = gptq.refitted(w, q, h)
     assert torch.equal(fitted.codes, q.codes)
     best = proxy.loss(w, fitted, h)
     assert (best < proxy.loss(w, q, h)).all()

@@ -21,7 +21,6 @@ from halfbyte.solvers import rtn
 SAYS = "GPTQ, then descent on its loss in codes and scales"
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
 RIDGE = 0.03  # likewise, where it is told from inputs what a block is short of
-ROUNDS = 2
 _ELEMENTS = 1 << 24  # of the rows that are solved at a time
 _NEAR = 1 << 20  # of a temporary that stays in a cache
 _SMALL = 128  # matrices up to which LAPACK inverts as fast
@@ -180,21 +179,17 @@ def _invert(lower: Tensor) -> None:
     lower[right, left] = -lower[right, right] @ (lower[right, left] @ lower[left, left])
 
 
-def quantize(w: Tensor, f: Format, form: Form, rounds: int = ROUNDS) -> QTensor:
+def quantize(w: Tensor, f: Format, form: Form) -> QTensor:
     """w (out, in) in a format, the loss (w - q) H (w - q)^T made small; some rows at a time, where they are many."""
     step = len(w) if f.flat or f.group == "tensor" else max(1, _ELEMENTS // w.shape[1])
-    return QTensor.stacked([_quantize(part, f, form, rounds) for part in w.split(max(1, step))])
+    return QTensor.stacked([_quantize(part, f, form) for part in w.split(max(1, step))])
 
 
-def _quantize(w: Tensor, f: Format, form: Form, rounds: int) -> QTensor:
+def _quantize(w: Tensor, f: Format, form: Form) -> QTensor:
     p = rtn.weighed(w, f, form.h.diagonal())
     q = proxy.in_order(w, f, p, form.factor, form.order)
     q = proxy.descend(w, q, form.h)
-    if rounds and fits(f):
-        wanted = w.float() @ form.h
-        for _ in range(rounds):
-            q = proxy.descend(w, refitted(q, form.h, wanted), form.h)
-    return q
+    return proxy.descend(w, refitted(w, q, form.h), form.h) if fits(f) else q
 
 
 def fits(f: Format) -> bool:
@@ -202,9 +197,9 @@ def fits(f: Format) -> bool:
     return not isinstance(f.scale, Format) and f.scale != "float8_e8m0fnu" and f.group != "tensor" and not f.flat
 
 
-def refitted(q: QTensor, h: Tensor, wanted: Tensor) -> QTensor:
+def refitted(w: Tensor, q: QTensor, h: Tensor) -> QTensor:
     """q with the scales (and zeros that are added) that have the least loss for its codes: of every row the solution
-    of as many linear equations as it has groups. wanted: w h (out, in) of the weight w that q stands for."""
+    of as many linear equations as it has groups."""
     f, (out, inputs) = q.format, q.shape
     p = q.qparams
     groups = p.scale.shape[-1]
@@ -212,14 +207,14 @@ def refitted(q: QTensor, h: Tensor, wanted: Tensor) -> QTensor:
     v = grid_values(q.codes.reshape(out * groups, -1), f, integer).reshape(out, groups, -1)
     added = p.zero is not None and integer is None
     step = max(1, _NEAR // max(inputs, ((1 + added) * groups) ** 2))
-    found = torch.cat([_least_squares(wanted[i : i + step], v[i : i + step], added, h) for i in range(0, out, step)])
+    found = torch.cat([_least_squares(w[i : i + step].float(), v[i : i + step], added, h) for i in range(0, out, step)])
     scale = torch.where(found[:, 0].isfinite() & (found[:, 0] != 0), found[:, 0], p.scale)
     return proxy.with_qparams(q, QParams(scale, found[:, 1] if added else p.zero))
 
 
-def _least_squares(wanted: Tensor, v: Tensor, added: bool, h: Tensor) -> Tensor:
-    """Scales, and zeros that are added, of rows whose grid values are v (rows, groups, n) and products with h are
-    `wanted` (rows, in): (rows, 1 or 2, groups).
+def _least_squares(w: Tensor, v: Tensor, added: bool, h: Tensor) -> Tensor:
+    """Scales, and zeros that are added, of rows w (rows, in), whose grid values are v (rows, groups, n):
+    (rows, 1 or 2, groups).
 
     A row is a sum of k vectors, each group's grid values (and its ones) with 0 elsewhere, times what is sought; their
     products through H are the equations.
@@ -236,7 +231,7 @@ def _least_squares(wanted: Tensor, v: Tensor, added: bool, h: Tensor) -> Tensor:
                 products = (seen * other[:, g:]).sum(-1)
                 a[:, i, g, j, g:] = products
                 a[:, j, g:, i, g] = products
-    wanted = wanted.reshape(rows, groups, n)
+    wanted = (w @ h).reshape(rows, groups, n)
     b = torch.cat([(wanted * part).sum(-1) for part in basis], 1).double()
     a = a.reshape(rows, k, k)
     diagonal = a.diagonal(dim1=1, dim2=2)
