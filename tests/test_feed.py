@@ -1,17 +1,40 @@
 """What blocks are given, and which op of a block closes it."""
 
 import pytest
+import torch
 
 from halfbyte import data, feed, models
+from halfbyte.layers import ops
 from miniatures import folder, tokenizer
 
 CLOSING = {"llama": "mlp.down_proj", "gpt2": "mlp.c_proj", "neox": "mlp.dense_4h_to_h", "opt": "fc2", "gemma3": None}
 
 
-@pytest.mark.parametrize("name", CLOSING)
-def test_which_op_of_a_block_closes_it(tmp_path, name):
+def given(tmp_path, name):
+    """The first block of a miniature, and what it is fed."""
     model = models.load(folder(tmp_path / "m", name)).model
     _, block = models.blocks(model)[0]
     rows = data.encode(data.records([{"text": "some words, and more of them"}]), tokenizer(), 12)
-    fed = feed.Feed(model, [block], list(data.eval_batches(rows, 1, 0)))
-    assert fed.closing(0) == CLOSING[name]
+    return block, feed.Feed(model, [block], list(data.eval_batches(rows, 1, 0)))
+
+
+@pytest.mark.parametrize("name", CLOSING)
+def test_which_op_of_a_block_closes_it(tmp_path, name):
+    assert given(tmp_path, name)[1].closing(0) == CLOSING[name]
+
+
+@pytest.mark.parametrize("name", [n for n, last in CLOSING.items() if last])
+def test_up_to_the_op_that_closes_it_a_block_feeds_all_others_as_ever(tmp_path, name):
+    block, fed = given(tmp_path, name)
+    inside = dict(ops(block))
+    last = inside[CLOSING[name]]
+    others = [n for n in inside if n != CLOSING[name]]
+    found = []
+    for run in (lambda: fed.run(0), lambda: fed.until(0, last)):
+        with feed.watching(inside, others, "gram") as seen:
+            run()
+        found.append(seen.moments())
+    assert found[0].keys() == found[1].keys() == set(others)
+    assert all(torch.equal(found[0][n].gram, found[1][n].gram) for n in others)
+    last.register_forward_hook(lambda *_: pytest.fail("the closing op was run"))
+    fed.until(0, last)

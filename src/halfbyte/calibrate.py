@@ -108,8 +108,12 @@ def freeze(
                     closing = last and f"{prefix}.{last}"
                 if codes is None or (prefix and given is None):
                     with watching(inside, [n for n in names if n != closing], use.uses) as seen:
-                        outputs = feed.run(i) if prefix else feed.rest()
-                    given, told = given or outputs, seen.moments()
+                        if given is not None and closing is not None:
+                            feed.until(i, by_name[closing])
+                        else:
+                            outputs = feed.run(i) if prefix else feed.rest()
+                            given = given or outputs
+                    told = seen.moments()
         if codes is None:
             sites = {n: Site(finite(n, by_name[n], f), f, told.get(n), n == closing) for n, f in formats.items()}
             block = model.get_submodule(prefix) if prefix else model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -48,6 +48,21 @@ class Feed:
     def run(self, i: int) -> list[Tensor]:
         """Block i's outputs on the present states."""
         return [call(self._blocks[i]) for call in self.calls(i)]
+
+    @torch.no_grad()
+    def until(self, i: int, last: nn.Module) -> None:
+        """Runs block i on the present states, up to where its op `last` is used."""
+
+        def stop(module: nn.Module, args: Any) -> None:
+            raise _Reached
+
+        handle = last.register_forward_pre_hook(stop)
+        try:
+            for call in self.calls(i):
+                with suppress(_Reached):
+                    call(self._blocks[i])
+        finally:
+            handle.remove()
 
     def apart(self, i: int) -> bool:
         """Whether what block i gives in the float model is something else than it gives on the present states."""
