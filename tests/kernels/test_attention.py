@@ -99,6 +99,8 @@ def test_inside_the_mode_models_use_it_and_nothing_else_changes():
     given = case(shared=6)
     outside = scaled_dot_product_attention(*given)
     with InPieces():
+        named = scaled_dot_product_attention(query=given[0], key=given[1], value=given[2])
+        assert torch.equal(named, scaled_dot_product_attention(*given))
         assert scaled_dot_product_attention(*given).dtype == torch.bfloat16
         assert torch.softmax(given[0], -1).dtype == torch.float32
     assert torch.equal(scaled_dot_product_attention(*given), outside)

@@ -24,14 +24,15 @@ class InPieces(TorchFunctionMode):
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
-    scale: float | None = None, enable_gqa: bool = False,
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     """See torch.nn.functional.scaled_dot_product_attention, which serves what is not served here: dropout, masks that
-    are learned, other shapes than q (batch, heads, tokens, d), k and v (batch, heads or fewer, tokens, d).
+    are learned, other shapes than query (batch, heads, tokens, d), key and value (batch, heads or fewer, tokens, d).
 
-    bfloat16 of q's shape; sums are kept in float32. A token that sees none, as padding before a text may be, gets some
-    mean of v instead of 0."""
+    bfloat16 of query's shape; sums are kept in float32, scores in bfloat16, as in the attention that models in bfloat16
+    spell out. A token that sees none, as padding before a text may be, gets some mean of value instead of 0."""
+    q, k, v = query, key, value
     odd = attn_mask is not None and (attn_mask.requires_grad or is_causal)
     if dropout_p or odd or not _fit(q, k, v, is_causal, enable_gqa):
         how = {"scale": scale, "enable_gqa": enable_gqa}
