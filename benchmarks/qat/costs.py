@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from statistics import median
 
 import torch
@@ -13,6 +14,7 @@ from trials import BATCH, W4, Asked, Trial, chosen, measured, trained
 
 from halfbyte import data
 from halfbyte.distill import targets
+from halfbyte.kernels.half import half_layers
 from halfbyte.methods import method_steps
 from halfbyte.steps import Train, trainable
 
@@ -68,7 +70,7 @@ def _ready(setting: Setting, method: str, to: str | None, init: str | None) -> t
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: data.Batch, dtype: torch.dtype) -> float:
     began = time.perf_counter()
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    with half_layers("cpu") if dtype != torch.float32 else nullcontext():
         logits, labels = targets(model, batch)
         loss = nn.functional.cross_entropy(logits.float(), labels)
     loss.backward()
