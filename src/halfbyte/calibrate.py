@@ -108,11 +108,12 @@ def freeze(
                     closing = last and f"{prefix}.{last}"
                 if codes is None or (prefix and given is None):
                     with watching(inside, [n for n in names if n != closing], use.uses) as seen:
-                        if given is not None and closing is not None:
-                            feed.until(i, by_name[closing])
+                        if given is None:
+                            given = feed.run(i) if prefix else feed.rest()
+                        elif closing is None:
+                            feed.run(i)
                         else:
-                            outputs = feed.run(i) if prefix else feed.rest()
-                            given = given or outputs
+                            feed.until(i, by_name[closing])
                     told = seen.moments()
         if codes is None:
             sites = {n: Site(finite(n, by_name[n], f), f, told.get(n), n == closing) for n, f in formats.items()}

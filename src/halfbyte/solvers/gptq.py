@@ -94,15 +94,15 @@ def _closed(block: nn.Module, inputs: list[Any], targets: list[Tensor], site: An
     (arXiv:2505.11695, equation 7) for what a whole block is fed and loses, as far as it is found on other text too."""
     fed: list[Tensor] = []
     outs, ins = site.op.weight.shape
-    gram, missing = torch.zeros(ins, ins), torch.zeros(2, outs, ins)  # of either half of the text
+    gram, missing = torch.zeros(ins, ins), torch.zeros(2, outs, ins)  # the latter of either half
     handle = site.op.register_forward_pre_hook(lambda m, args: fed.append(args[0]))
     try:
         for call, target in zip(inputs, targets, strict=True):
-            e = (target - call(block)).flatten(0, -2).float().tensor_split(2)
-            x = fed.pop().flatten(0, -2).float().tensor_split(2)
+            e = (target - call(block)).flatten(0, -2).float()
+            x = fed.pop().flatten(0, -2).float()
             with half_products(call.half):
-                for part, e_part, x_part in zip(missing, e, x, strict=True):
-                    second_moments.add(gram, x_part)
+                second_moments.add(gram, x)
+                for part, e_part, x_part in zip(missing, e.tensor_split(2), x.tensor_split(2), strict=True):
                     part.addmm_(e_part.T, x_part)
     finally:
         handle.remove()
@@ -168,7 +168,7 @@ def _factor(h: Tensor, order: Tensor) -> Tensor:
 
 
 def _invert(lower: Tensor) -> None:
-    """In place. By halves, which leaves most of it to products of matrices and takes a third of solving for ones."""
+    """In place. By halves, so that most of it are products of matrices: half the time of solving for the identity."""
     n = len(lower)
     if n <= _SMALL:
         lower.copy_(torch.linalg.solve_triangular(lower, torch.eye(n, dtype=lower.dtype), upper=False))
