@@ -1,7 +1,7 @@
 """Training that knows the format it ships in: what it wins back, and what it costs.
 
-    python benchmarks/qat [--only kl,domain,roads,ranks,steps] [--steps 36] [--train] [--windows 6] [--novels FILE]
-        [--json FILE]
+    python benchmarks/qat [--only kl,domain,seeds,roads,ranks,steps] [--steps 36] [--seeds 4] [--train] [--windows 6]
+        [--novels FILE] [--json FILE]
     python benchmarks/qat --table FILE ...
 
 The model is SmolLM2-135M off its grid (benchmarks/accuracy/setting.py), the text what it is calibrated on there: 4 rows
@@ -21,13 +21,14 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1] / "accuracy"))
 
 import costs
+import seeds
 import tables
 import trials
 from setting import Setting
 
 SECTIONS = {
-    "kl": trials.held_to_the_teacher, "domain": trials.domain, "roads": trials.roads, "ranks": costs.ranks,
-    "steps": costs.steps,
+    "kl": trials.held_to_the_teacher, "domain": trials.domain, "seeds": seeds.seeds, "roads": trials.roads,
+    "ranks": costs.ranks, "steps": costs.steps,
 }  # fmt: skip
 
 
@@ -37,6 +38,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", help="of a section: those whose name holds this")
     parser.add_argument("--rates", help="learning rates, instead of each row's own")
     parser.add_argument("--steps", type=int, default=36)
+    parser.add_argument("--seeds", type=int, default=4, help="of the section of that name")
     parser.add_argument("--windows", type=int, default=6)
     parser.add_argument("--train", action="store_true", help="measure on windows of the training part")
     parser.add_argument("--novels", type=Path, help="prose from this file, see accuracy/novels.py")
@@ -49,7 +51,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict]:
     setting = Setting(args.windows, not args.train, 16, args.novels)
     rates = [float(r) for r in args.rates.split(",")] if args.rates else []
     for name in args.only.split(","):
-        for row in SECTIONS[name](setting, trials.Asked(args.steps, args.rows or "", rates)):
+        for row in SECTIONS[name](setting, trials.Asked(args.steps, args.rows or "", rates, args.seeds)):
             yield {"section": name, **row}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 TITLES = {
     "kl": "Held to the float model (KL to it)", "domain": "Trained on prose, beside full precision trained alike",
-    "roads": "A fine-tune in 4 bits, on docstrings",
+    "seeds": "The same, seed by seed", "roads": "A fine-tune in 4 bits, on docstrings",
     "ranks": "LoRA by rank, on docstrings", "steps": "A step",
 }  # fmt: skip
 
@@ -36,9 +36,11 @@ _NAME: tuple[Column, ...] = (
     ("what", lambda r: r["what"]), ("by", lambda r: r["name"]), ("rate", lambda r: f"{r['rate']:g}"),
 )  # fmt: skip
 _TIME: Column = ("minutes, solver + training", _minutes)
+_PAIRED: tuple[Column, ...] = tuple(
+    (f"loss against the first, {t}", lambda r, t=t: _loss(r[t])) for t in ("prose", "docstrings")
+)
 _AGAINST: tuple[Column, ...] = (
-    *_NAME, _TIME,
-    *((f"loss against the first, {t}", lambda r, t=t: _loss(r[t])) for t in ("prose", "docstrings")),
+    *_NAME, _TIME, *_PAIRED,
     *((f"perplexity, {t}", lambda r, t=t: f"{r[t]['perplexity']:.3f}") for t in ("prose", "docstrings")),
 )  # fmt: skip
 _LOSSES: tuple[Column, ...] = tuple(
@@ -51,7 +53,8 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         *((f"KL after, {t}", lambda r, t=t: _kl(r[t])) for t in ("prose", "docstrings")),
         ("loss, prose", lambda r: _loss(r["prose"])),
     ),
-    "domain": _AGAINST, "roads": (*_NAME, _TIME, *_LOSSES),
+    "domain": _AGAINST, "seeds": (*_NAME, ("seeds", lambda r: r["seeds"]), _TIME, *_PAIRED),
+    "roads": (*_NAME, _TIME, *_LOSSES),
     "ranks": (*_NAME, ("trainable", lambda r: f"{r['trainable']:,}"), _TIME, *_LOSSES),
     "steps": (
         ("what", lambda r: r["what"]), ("method", lambda r: r["name"]), ("seconds", lambda r: f"{r['seconds']:.2f}"),

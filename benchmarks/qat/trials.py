@@ -24,11 +24,13 @@ W4, W4_ZERO = "int4-g64", "uint4-g64-affine"
 
 @dataclass(frozen=True)
 class Asked:
-    """What of a section is run. only: what its rows' names hold. rates: learning rates in place of each row's own."""
+    """What of a section is run. only: what its rows' names hold. rates: learning rates in place of each row's own.
+    seeds: how many, in the section of that name."""
 
     steps: int
     only: str
     rates: list[float]
+    seeds: int
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ class Result:
                 "trainable": log.trainable, "memory": log.peak_memory, "begun": self.begun}  # fmt: skip
 
 
-def trained(setting: Setting, t: Trial, asked: Asked) -> Result:
-    there, rows = setting.copy(), setting.training(t.text)
+def trained(setting: Setting, t: Trial, asked: Asked, seed: int = 0) -> Result:
+    there, rows = replace(setting.copy(), seed=seed), setting.training(t.text)
     settings = {"data": rows, "steps": asked.steps, "batch_size": BATCH, "max_length": LENGTH,
                 "learning_rate": t.rate, "loss": t.loss, "bf16": True, **t.more}  # fmt: skip
     begun, solving, began = None, 0.0, time.perf_counter()
