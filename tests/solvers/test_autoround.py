@@ -100,6 +100,31 @@ def test_a_blocks_outputs_are_no_further_than_gptq_leaves_them(tmp_path, monkeyp
     assert ours[0] < theirs[0] if name == "gemma3" else ours[0] <= theirs[0]
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_it_goes_for_as_much_of_what_is_missing_as_is_trusted(tmp_path, monkeypatch, share):
+    """Of its own outputs, and in the second stage with the closing weight's correction, and the float model's."""
+    model = models.load(folder(tmp_path / "m")).model
+    wanted = {n: parse("int3-g32") for n, role in roles(model).items() if role == "linear"}
+    closed, told, seen = gptq.closed, [], []
+
+    def solve(block, inputs, targets, sites):
+        with torch.no_grad():
+            own = [call(block) for call in inputs]
+        codes = autoround.solve(block, inputs, targets, sites)
+        seen.append((own, targets, *told[-2:]))
+        return codes
+
+    monkeypatch.setattr(gptq, "trusted", lambda *_: share)
+    monkeypatch.setattr(gptq, "closed", lambda *given: (*closed(*given)[:2], 1 - share))
+    monkeypatch.setattr(autoround, "_learned", lambda b, i, aim, s, codes, *_: told.append(aim) or codes)
+    calibrate.freeze(model, wanted, type(solver("gptq"))("watched", solve, True, "", "gram"), batches())
+    own, targets, first, second = (torch.cat([t.flatten(0, 1) for t in part]) for part in seen[-1])
+    assert not torch.allclose(own, targets, rtol=1e-4)
+    assert torch.equal(first, own if share == 0 else targets)
+    assert torch.equal(second, targets) == (share == 0)
+    assert not torch.equal(second, own)
+
+
 def test_what_does_not_get_better_is_left_as_gptq_has_it(tmp_path, monkeypatch):
     folder(tmp_path / "m")
     monkeypatch.setattr(autoround, "RATE", 10.0)

@@ -132,7 +132,9 @@ def test_what_both_halves_of_the_text_agree_on_is_wholly_trusted():
     gram, missing = halves(x, x @ turn.T)
     ridge = gptq.RIDGE * gram.diagonal().mean() * torch.eye(64)
     expected = torch.linalg.solve(gram + ridge, missing.sum(0).T).T
-    torch.testing.assert_close(gptq.regression(gram, missing), expected, atol=1e-3, rtol=1e-3)
+    change, share = gptq.regression(gram, missing)
+    torch.testing.assert_close(change, expected, atol=1e-3, rtol=1e-3)
+    assert share == 1
 
 
 def test_nothing_is_made_of_what_one_half_of_the_text_denies_the_other():
@@ -140,7 +142,8 @@ def test_nothing_is_made_of_what_one_half_of_the_text_denies_the_other():
     sign = torch.ones(len(x), 1)
     sign[len(x) // 2 :] = -1
     gram, missing = halves(x, sign * (x @ turn.T))
-    assert gptq.regression(gram, missing).abs().max() == 0
+    change, share = gptq.regression(gram, missing)
+    assert change.abs().max() == share == 0
 
 
 def test_of_noise_little_is_taken_for_a_loss():
@@ -150,4 +153,6 @@ def test_of_noise_little_is_taken_for_a_loss():
     noise = torch.randn(len(x), 8, generator=g)
     gram, missing = halves(x, noise)
     plain = torch.linalg.solve(gram, missing.sum(0).T).T
-    assert (x @ gptq.regression(gram, missing).T).norm() < 0.5 * (x @ plain.T).norm()
+    change, share = gptq.regression(gram, missing)
+    assert share < 0.5
+    assert (x @ change.T).norm() < 0.5 * (x @ plain.T).norm()

@@ -17,6 +17,7 @@ from halfbyte.solvers import gptq
 
 SAYS = "AutoRound from GPTQ's codes: rounding and scales learned against each block's outputs"
 ITERATIONS = 75, 30  # for what the block's own floats give, and, once the weight that closes has its codes, for all
+UNTOLD = 0.0, 0.5  # shares of what a block is short of that each goes for, where no weight closes it to tell
 BATCH = 4  # rows of text an iteration
 RATE, SCALE_RATE = 0.001, 0.0003  # of a step between codes, and of a scale, at first; they fall to 0
 BETAS = (0.9, 0.95)  # of Adam
@@ -30,20 +31,23 @@ def solve(
     if inputs is None or targets is None:
         return codes
     floats = {name: site.op.weight.value() for name, site in sites.items()}
-    own = _outputs(block, inputs)
-    codes = _learned(block, inputs, own, sites, codes, floats, ITERATIONS[0])
+    first, second = UNTOLD if closing is None else (gptq.trusted(block, inputs, targets, sites[closing]), 0.0)
+    wanted = _between(block, inputs, targets, first)
+    codes = _learned(block, inputs, wanted, sites, codes, floats, ITERATIONS[0])
+    seen: dict[str, QTensor | Tensor] = {}
     if closing is not None:
-        last, floats[closing] = gptq.closed(block, inputs, targets, sites, closing, codes)
-        with gptq.seen_as(sites, {**codes, closing: floats[closing]}):
-            own = _outputs(block, inputs)
+        last, floats[closing], second = gptq.closed(block, inputs, targets, sites, closing, codes)
+        seen = {**codes, closing: floats[closing]}
         codes[closing] = last
-    between = [o + (t - o) / 2 for o, t in zip(own, targets, strict=True)]
-    return _learned(block, inputs, between, sites, codes, floats, ITERATIONS[1])
+    with gptq.seen_as(sites, seen):
+        wanted = _between(block, inputs, targets, second)
+    return _learned(block, inputs, wanted, sites, codes, floats, ITERATIONS[1])
 
 
 @torch.no_grad()
-def _outputs(block: nn.Module, inputs: list[Any]) -> list[Tensor]:
-    return [call(block).clone() for call in inputs]
+def _between(block: nn.Module, inputs: list[Any], targets: list[Tensor], share: float) -> list[Tensor]:
+    """What a block gives as it is, and that share of what it is short of the targets."""
+    return [torch.lerp(call(block), target, share) for call, target in zip(inputs, targets, strict=True)]
 
 
 def _learned(

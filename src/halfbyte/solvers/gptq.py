@@ -35,7 +35,7 @@ def solve(
     the log says so."""
     codes, closing = opened(sites)
     if inputs and targets and closing is not None:
-        codes[closing], _ = closed(block, inputs, targets, sites, closing, codes)
+        codes[closing] = closed(block, inputs, targets, sites, closing, codes)[0]
     return codes
 
 
@@ -65,11 +65,24 @@ def opened(sites: Mapping[str, Any]) -> tuple[dict[str, QTensor], str | None]:
 def closed(
     block: nn.Module, inputs: list[Any], targets: list[Tensor], sites: Mapping[str, Any], closing: str,
     codes: Mapping[str, QTensor],
-) -> tuple[QTensor, Tensor]:  # fmt: skip
-    """Codes of the weight that closes, given all others', and the weight that they were found for."""
+) -> tuple[QTensor, Tensor, float]:  # fmt: skip
+    """Codes of the weight that closes, given all others', the weight that they were found for, and how much of what was
+    missing that weight is trusted to make good, from 0 to 1.
+
+    That is the correction of Qronos (arXiv:2505.11695, equation 7) for what a whole block is fed and loses, as far as
+    it is found on other text too: with e what is missing when the weight is w, w' = w + a E[e x^T] H^-1."""
     with seen_as(sites, codes):
-        w, form = _closed(block, inputs, targets, sites[closing])
-    return quantize(w, sites[closing].format, form), w
+        gram, missing = _missing(block, inputs, targets, sites[closing])
+    tokens = sum(t.shape[:-1].numel() for t in targets)
+    w = sites[closing].op.weight.value()
+    change, share = regression(gram, missing)
+    better = (w + change).to(w.dtype)
+    return quantize(better, sites[closing].format, Form.of(gram / tokens)), better, share
+
+
+def trusted(block: nn.Module, inputs: list[Any], targets: list[Tensor], site: Any) -> float:
+    """How much of what a block's floats miss of the targets its closing weight would be trusted to make good."""
+    return regression(*_missing(block, inputs, targets, site))[1]
 
 
 @contextmanager
@@ -88,13 +101,12 @@ def seen_as(sites: Mapping[str, Any], values: Mapping[str, QTensor | Tensor]) ->
 
 
 @torch.no_grad()
-def _closed(block: nn.Module, inputs: list[Any], targets: list[Tensor], site: Any) -> tuple[Tensor, Form]:
-    """The weight w' of a block's closing op whose outputs bring the block's nearest to the targets, and the form of its
-    inputs: with e what is missing when it is w, w' = w + a E[e x^T] H^-1. This is the correction of Qronos
-    (arXiv:2505.11695, equation 7) for what a whole block is fed and loses, as far as it is found on other text too."""
+def _missing(block: nn.Module, inputs: list[Any], targets: list[Tensor], site: Any) -> tuple[Tensor, Tensor]:
+    """What regression is told: sums of x x^T (in, in) of what the site is fed, and of e x^T (2, out, in) over either
+    half of the text, e what the block's outputs are short of the targets."""
     fed: list[Tensor] = []
     outs, ins = site.op.weight.shape
-    gram, missing = torch.zeros(ins, ins), torch.zeros(2, outs, ins)  # the latter of either half
+    gram, missing = torch.zeros(ins, ins), torch.zeros(2, outs, ins)
     handle = site.op.register_forward_pre_hook(lambda m, args: fed.append(args[0]))
     try:
         for call, target in zip(inputs, targets, strict=True):
@@ -107,14 +119,12 @@ def _closed(block: nn.Module, inputs: list[Any], targets: list[Tensor], site: An
     finally:
         handle.remove()
     second_moments.mirror(gram)
-    tokens = sum(t.shape[:-1].numel() for t in targets)
-    w = site.op.weight.value()
-    return (w + regression(gram, missing)).to(w.dtype), Form.of(gram / tokens)
+    return gram, missing
 
 
-def regression(gram: Tensor, missing: Tensor) -> Tensor:
+def regression(gram: Tensor, missing: Tensor) -> tuple[Tensor, float]:
     """Of what is missing on inputs (2, out, in), its sums with them over either half of the text: (out, in), as much of
-    it as is to be trusted. With a ridge, which leaves float32 enough.
+    it as is to be trusted, and how much that is. With a ridge, which leaves float32 enough.
 
     That is by how much what one half says best serves the other, and so what both say, with half the noise, would
     serve. Either half's inputs are taken to have half the form of all, so that one factor does: with h = gram + d and
@@ -127,7 +137,8 @@ def regression(gram: Tensor, missing: Tensor) -> Tensor:
     gained = (change * missing.flip(0)).sum().item()
     spent = ((change * missing).sum() - d * change.square().sum()).item()
     half = min(1.0, max(0.0, gained / spent)) if spent > 0 else 0.0
-    return change.sum(0).mul_(2 * half / (1 + half))
+    share = 2 * half / (1 + half)
+    return change.sum(0).mul_(share), share
 
 
 @dataclass(frozen=True)
