@@ -103,8 +103,12 @@ def peer(setting: Setting, python: Path, row: Peer, text: str) -> tuple[Run, flo
 
 
 def measured(setting: Setting, rows: tuple[Ours | Peer, ...], text: str, python: Path | None) -> Iterator[dict]:
-    """One row after the other; peers are left out where there is no `python` that has them."""
+    """One row after the other; peers are left out where there is no `python` that has them, and what wants more text
+    than there is."""
     for row in rows:
+        if text != "self" and (row.rows or 0) > (there_are := len(setting.training(text))):
+            print(f"{row.name} on {row.rows} rows is left out: {text} has {there_are}.", flush=True)
+            continue
         if isinstance(row, Peer):
             if python is None:
                 continue
