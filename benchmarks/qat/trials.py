@@ -151,7 +151,6 @@ def domain(setting: Setting, asked: Asked) -> Iterator[dict]:
     best = trained(setting, full, asked)
     yield {"what": "float32", "name": full.name, "rate": full.rate, **best.row,
            **against(setting, best.there, setting.reference)}  # fmt: skip
-    rows = setting.calibration("prose", SAMPLES["gptq"])
     even: tuple[str, ...] = ("hadamard", "smooth")
     roads = (
         ("W8A8", "rtn", ()),
@@ -159,16 +158,20 @@ def domain(setting: Setting, asked: Asked) -> Iterator[dict]:
         ("W8A8", "gptq", even),
         (W4, "rtn", ()),
         (W4, "gptq", ()),
+        (W4, "autoround", ()),
     )
     for to, solver, first in roads:
-        there = setting.copy()
+        name = f"full precision, then {', '.join((*first, solver))}"
+        if asked.only not in name:
+            continue
+        there, rows = setting.copy(), setting.calibration("prose", SAMPLES.get(solver, 16))
         there.model.load_state_dict(best.there.model.state_dict())
+        text = rows if solver in SAMPLES else "none"
         with torch.no_grad():
-            for name in first:
-                Transform(name=name, scheme=to, untie=True, calibration=rows, samples=len(rows))(there)
-            Freeze(scheme=to, solver=solver, calibration=rows if solver == "gptq" else "none", samples=len(rows))(there)
-        yield {"what": to, "name": f"full precision, then {', '.join((*first, solver))}", "rate": full.rate,
-               **against(setting, there, best.there)}  # fmt: skip
+            for t in first:
+                Transform(name=t, scheme=to, untie=True, calibration=rows, samples=len(rows))(there)
+            Freeze(scheme=to, solver=solver, calibration=text, samples=len(rows))(there)
+        yield {"what": to, "name": name, "rate": full.rate, **against(setting, there, best.there)}
     trials = (
         Trial("qat", "qat", 2e-4, "W8A8"),
         Trial("smooth, qat", "qat", 2e-4, "W8A8", first=("smooth",)),
