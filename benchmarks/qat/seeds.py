@@ -25,17 +25,17 @@ def seeds(setting: Setting, asked: Asked) -> Iterator[dict]:
         Trial("smooth, qat", "qat", 2e-4, "W8A8", first=("smooth",)),
         Trial("gptq, qat", "qat", 4e-4, W4, "gptq", more={"scale_lr_ratio": 0.1}),
     )
-    paired: dict[str, dict[str, list[Tensor]]] = {t.name: {text: [] for text in setting.texts} for t in trials}
+    asked_for = [(t, {text: list[Tensor]() for text in setting.texts}) for t in chosen(trials, asked)]
     for seed in range(asked.seeds):
         best = trained(setting, full, asked, seed).there
-        for t in chosen(trials, asked):
+        for t, paired in asked_for:
             found = trained(setting, t, asked, seed)
-            for text, so_far in paired[t.name].items():
+            for text, so_far in paired.items():
                 so_far.append(by_window(found.there, best, setting.texts[text]))
-            of_it = {text: {"loss": interval(so_far[-1:])} for text, so_far in paired[t.name].items()}
+            of_it = {text: {"loss": interval(so_far[-1:])} for text, so_far in paired.items()}
             yield {"what": t.to, "name": t.name, "rate": t.rate, "seeds": f"{seed}", **found.row, **of_it}
-    for t in chosen(trials, asked):
-        of_all = {text: {"loss": interval(so_far)} for text, so_far in paired[t.name].items()}
+    for t, paired in asked_for:
+        of_all = {text: {"loss": interval(so_far)} for text, so_far in paired.items()}
         yield {"what": t.to, "name": t.name, "rate": t.rate, "seeds": f"all {asked.seeds}", **of_all}
 
 
