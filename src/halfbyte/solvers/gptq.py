@@ -67,17 +67,25 @@ def closed(
     codes: Mapping[str, QTensor],
 ) -> tuple[QTensor, Tensor, float]:  # fmt: skip
     """Codes of the weight that closes, given all others', the weight that they were found for, and how much of what was
-    missing that weight is trusted to make good, from 0 to 1.
-
-    That is the correction of Qronos (arXiv:2505.11695, equation 7) for what a whole block is fed and loses, as far as
-    it is found on other text too: with e what is missing when the weight is w, w' = w + a E[e x^T] H^-1."""
+    missing that weight is trusted to make good, from 0 to 1."""
     with seen_as(sites, codes):
-        gram, missing = _missing(block, inputs, targets, sites[closing])
-    tokens = sum(t.shape[:-1].numel() for t in targets)
-    w = sites[closing].op.weight.value()
+        w, share, form = _closed(block, inputs, targets, sites[closing])
+    return quantize(w, sites[closing].format, form), w, share
+
+
+@torch.no_grad()
+def _closed(block: nn.Module, inputs: list[Any], targets: list[Tensor], site: Any) -> tuple[Tensor, float, Form]:
+    """The weight w' of a block's closing op whose outputs bring the block's nearest to the targets, how much of what is
+    missing it is trusted to make good, and the form of its inputs. With e what is missing when it is w,
+    w' = w + a E[e x^T] H^-1: the correction of Qronos (arXiv:2505.11695, equation 7) for what a whole block is fed and
+    loses, as far as it is found on other text too. What tells it is let go before codes are found."""
+    gram, missing = _missing(block, inputs, targets, site)
+    w = site.op.weight.value()
     change, share = regression(gram, missing)
-    better = (w + change).to(w.dtype)
-    return quantize(better, sites[closing].format, Form.of(gram / tokens)), better, share
+    better = w + change
+    del change, missing
+    tokens = sum(t.shape[:-1].numel() for t in targets)
+    return better.to(w.dtype), share, Form.of(gram / tokens)
 
 
 def trusted(block: nn.Module, inputs: list[Any], targets: list[Tensor], site: Any) -> float:
