@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from setting import Setting
 from torch import Tensor
-from trials import W4, Asked, Trial, chosen, trained
+from trials import FULL, READY, Asked, chosen, trained
 
 from halfbyte import data, evaluate
 from halfbyte.run import Run
@@ -18,16 +18,10 @@ _RESAMPLES = 2000
 
 
 def seeds(setting: Setting, asked: Asked) -> Iterator[dict]:
-    """One training has its luck: of two that differ in nothing but a seed the losses are some 0.005 apart. Gives the
-    differences of each seed, and at last those of all."""
-    full = Trial("full precision", "full", 2e-4)
-    trials = (
-        Trial("smooth, qat", "qat", 2e-4, "W8A8", first=("smooth",)),
-        Trial("gptq, qat", "qat", 4e-4, W4, "gptq", more={"scale_lr_ratio": 0.1}),
-    )
-    asked_for = [(t, {text: list[Tensor]() for text in setting.texts}) for t in chosen(trials, asked)]
+    """One training has its luck. Gives the differences of each seed, and at last those of all."""
+    asked_for = [(t, {text: list[Tensor]() for text in setting.texts}) for t in chosen(READY, asked)]
     for seed in range(asked.seeds):
-        best = trained(setting, full, asked, seed).there
+        best = trained(setting, FULL, asked, seed).there
         for t, paired in asked_for:
             found = trained(setting, t, asked, seed)
             for text, so_far in paired.items():

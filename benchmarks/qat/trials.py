@@ -104,7 +104,7 @@ def solved(there: Run, step: Freeze, t: Trial) -> tuple[Run, float]:
         step.model_copy(update={"samples": SAMPLES[step.solver], "learn": False})(there)
         _SOLVED[key] = there, time.perf_counter() - began
     run, seconds = copy.deepcopy(_SOLVED[key])
-    run.teacher = teacher
+    run.teacher, run.seed = teacher, there.seed
     if step.learn:
         learn_from_codes(run, floats)
     return run, seconds
@@ -144,12 +144,18 @@ def held_to_the_teacher(setting: Setting, asked: Asked) -> Iterator[dict]:
         yield {"what": t.to, "name": t.name, "rate": t.rate, **found.row, **measured(setting, found.there)}
 
 
+FULL = Trial("full precision", "full", 2e-4)
+READY = (  # what is made ready first: its inputs, or its codes
+    Trial("smooth, qat", "qat", 2e-4, "W8A8", first=("smooth",)),
+    Trial("gptq, qat", "qat", 4e-4, W4, "gptq", more={"scale_lr_ratio": 0.1}),
+)
+
+
 def domain(setting: Setting, asked: Asked) -> Iterator[dict]:
     """A model fine-tuned in full precision, quantized afterwards, and those trained through the format, on the same
     text for the same steps: each against the first."""
-    full = Trial("full precision", "full", 2e-4)
-    best = trained(setting, full, asked)
-    yield {"what": "float32", "name": full.name, "rate": full.rate, **best.row,
+    best = trained(setting, FULL, asked)
+    yield {"what": "float32", "name": FULL.name, "rate": FULL.rate, **best.row,
            **against(setting, best.there, setting.reference)}  # fmt: skip
     even: tuple[str, ...] = ("hadamard", "smooth")
     roads = (
@@ -161,7 +167,7 @@ def domain(setting: Setting, asked: Asked) -> Iterator[dict]:
         (W4, "autoround", ()),
     )
     for to, solver, first in roads:
-        name = f"full precision, then {', '.join((*first, solver))}"
+        name = f"{FULL.name}, then {', '.join((*first, solver))}"
         if asked.only not in name:
             continue
         there, rows = setting.copy(), setting.calibration("prose", SAMPLES.get(solver, 16))
@@ -171,12 +177,11 @@ def domain(setting: Setting, asked: Asked) -> Iterator[dict]:
             for t in first:
                 Transform(name=t, scheme=to, untie=True, calibration=rows, samples=len(rows))(there)
             Freeze(scheme=to, solver=solver, calibration=text, samples=len(rows))(there)
-        yield {"what": to, "name": name, "rate": full.rate, **against(setting, there, best.there)}
+        yield {"what": to, "name": name, "rate": FULL.rate, **against(setting, there, best.there)}
     trials = (
         Trial("qat", "qat", 2e-4, "W8A8"),
-        Trial("smooth, qat", "qat", 2e-4, "W8A8", first=("smooth",)),
         Trial("qat", "qat", 4e-4, W4),
-        Trial("gptq, qat", "qat", 4e-4, W4, "gptq", more={"scale_lr_ratio": 0.1}),
+        *READY,
         Trial("autoround, qat", "qat", 4e-4, W4, "autoround", more={"scale_lr_ratio": 0.1}),
     )
     for t in chosen(trials, asked):
