@@ -31,7 +31,9 @@ def solve(
     if inputs is None or targets is None:
         return codes
     floats = {name: site.op.weight.value() for name, site in sites.items()}
-    first, second = UNTOLD if closing is None else (gptq.trusted(block, inputs, targets, sites[closing]), 0.0)
+    first, second = UNTOLD
+    if closing is not None:
+        first = gptq.trusted(block, inputs, targets, sites[closing])
     wanted = _between(block, inputs, targets, first)
     codes = _learned(block, inputs, wanted, sites, codes, floats, ITERATIONS[0])
     seen: dict[str, QTensor | Tensor] = {}
