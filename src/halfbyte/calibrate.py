@@ -18,6 +18,7 @@ from halfbyte.layers import Op, ops
 from halfbyte.models import blocks
 from halfbyte.qtensor import QTensor
 from halfbyte.solvers import SOLVERS, Moments, Site, Solver
+from halfbyte.solvers.closing import Part, parts, seen_as
 
 __all__ = ["IN_MEMORY", "TOGETHER", "Store", "finite", "freeze", "inputs", "moments"]
 
@@ -93,6 +94,7 @@ def freeze(
     groups = _by_block([prefix for prefix, _ in named], chosen)
     for i, (prefix, names) in enumerate(groups):
         store.bring(prefix)
+        block = model.get_submodule(prefix) if prefix else model
         formats = {n: chosen[n] for n in names}
         codes = store.found(prefix, formats)
         use = solver if prefix or not solver.needs_data else SOLVERS[solver.outside]
@@ -100,32 +102,46 @@ def freeze(
         if feed is not None:
             held = bool(prefix) and solver.needs_data  # to what the block gives in the float model
             feed.half = held and few_bits(formats.values())
-            inside = {n: op for n, op in by_name.items() if not prefix or n.startswith(f"{prefix}.")}
             with store.passing():
                 given = feed.targets(i) if held and feed.apart(i) else None
-                if codes is None and held and use.uses == "gram":
-                    last = feed.closing(i)
-                    closing = last and f"{prefix}.{last}"
+                if held and use.uses == "gram":
+                    closing = next((n for n in names if n == f"{prefix}.{feed.closing(i)}"), None)
                 if codes is None or (prefix and given is None):
+                    inside = {n: op for n, op in by_name.items() if not prefix or n.startswith(f"{prefix}.")}
                     with watching(inside, [n for n in names if n != closing], use.uses) as seen:
-                        if given is None:
-                            given = feed.run(i) if prefix else feed.rest()
-                        elif closing is None:
-                            feed.run(i)
-                        else:
-                            feed.until(i, by_name[closing])
+                        given = _passed(feed, i if prefix else None, given, by_name.get(closing or ""))
                     told = seen.moments()
+        left: list[Part] = []
         if codes is None:
             sites = {n: Site(finite(n, by_name[n], f), f, told.get(n), n == closing) for n, f in formats.items()}
-            block = model.get_submodule(prefix) if prefix else model
             codes = use.solve(block, feed.calls(i) if feed and prefix else None, given, sites)
             store.keep(prefix, codes)
+            left = sites[closing].left if closing else []
+        if feed is not None and closing is not None and not left:
+            with seen_as(by_name, {n: q for n, q in codes.items() if n != closing}):
+                left = parts(block, feed.calls(i), by_name[closing])
         for name, q in codes.items():
             by_name[name].weight.freeze(q)
         if feed is not None and given is not None:
-            feed.states, feed.floats = feed.run(i) if solver.needs_data else given, given
+            after = [part.closed(by_name[closing]) for part in left] if closing else feed.run(i) if held else given
+            feed.states, feed.floats = after, given
+        left.clear()  # the next block needs the memory
         store.let_go(prefix)
         on_block(i + 1, len(groups))
+
+
+def _passed(feed: Feed, i: int | None, given: list[Tensor] | None, last: nn.Module | None) -> list[Tensor] | None:
+    """Runs block i, or what comes after all blocks, on the present states, up to where `last` is used if what the block
+    gives in the float model is known; returns that."""
+    if i is None:
+        return feed.rest()
+    if given is None:
+        return feed.run(i)
+    if last is None:
+        feed.run(i)
+    else:
+        feed.until(i, last)
+    return given
 
 
 @torch.no_grad()

@@ -11,12 +11,12 @@ from torch import nn
 from halfbyte import calibrate
 from halfbyte.models import blocks
 from halfbyte.plan import Entry, totals
-from halfbyte.solvers import Solver, gptq
+from halfbyte.solvers import Solver
 
 PROCESS = 500_000_000  # bytes of a process that has read a model's tokenizer and none of its weights; measured
 _FLOAT = 4  # bytes: what is computed is float32
 _LEARNED = 10  # tensors of a weight's size while it is learned: numbers, codes, gradient, Adam's moments ...
-_FORM, _LARGE_FORM = 24, 16  # bytes an element of a Hessian while it is factored, in float64 or in float32
+_FORM = 16  # bytes an element of a Hessian while it is factored
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _held(part: list[Entry], solver: Solver, rows: int, length: int) -> int:
     states = (5 if solver.learns else 3) * rows * length * min(inputs) * _FLOAT
     passing = calibrate.TOGETHER * length * sum(outputs) * _FLOAT
     n = max(inputs)
-    solving = n * n * (_FORM if n <= gptq.EXACT else _LARGE_FORM) + 2 * largest
+    solving = n * n * _FORM + 2 * largest
     if solver.learns:
         learning = sum(e.parameters for e in made) * _LEARNED * _FLOAT + 2 * passing
         solving = max(solving, learning)

@@ -66,10 +66,13 @@ def test_no_more_than_a_block_is_in_memory(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("after", [1, 2, 3])
-def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, after):
-    source = folder(tmp_path / "m", "llama-untied", words=True, num_hidden_layers=2)
-    settings = {**CASES["gptq"], "scheme": [{"match": "@linear", "weight": "int4-g32"}, {"match": "@embedding"},
-                                            {"match": "@head", "weight": "int4-g32"}]}  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "solver"), [("llama-untied", "gptq"), ("llama-untied", "autoround"), ("neox", "gptq")]
+)
+def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, name, solver, after):
+    source = folder(tmp_path / "m", name, words=True, num_hidden_layers=2)
+    scheme = [{"match": m, "weight": "int4-g32"} for m in ("@linear", "@head")] + [{"match": "@embedding"}]
+    settings = {"solver": solver, "calibration": TEXT, "scheme": scheme}
     quantized(source, tmp_path / "whole", **settings)
 
     def stop(done, total):

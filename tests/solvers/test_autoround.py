@@ -114,7 +114,7 @@ def test_it_goes_for_as_much_of_what_is_missing_as_is_trusted(tmp_path, monkeypa
         seen.append((own, targets, *told[-2:]))
         return codes
 
-    monkeypatch.setattr(gptq, "trusted", lambda *_: share)
+    monkeypatch.setattr(autoround, "trusted", lambda *_: share)
     monkeypatch.setattr(gptq, "closed", lambda *given: (*closed(*given)[:2], 1 - share))
     monkeypatch.setattr(autoround, "_learned", lambda b, i, aim, s, codes, *_: told.append(aim) or codes)
     calibrate.freeze(model, wanted, type(solver("gptq"))("watched", solve, True, "", "gram"), batches())

@@ -18,3 +18,11 @@ def mirror(total: Tensor) -> Tensor:
     for i in range(0, len(total), PANEL):
         total[i + PANEL :, i : i + PANEL] = total[i : i + PANEL, i + PANEL :].T
     return total
+
+
+def damp(total: Tensor, share: float) -> float:
+    """Adds to the diagonal of `total` that share of its mean, or 1 where all inputs were 0; says how much that is."""
+    mean = total.diagonal().mean().item()
+    added = share * mean if mean > 0 else 1.0
+    total.diagonal().add_(added)
+    return added

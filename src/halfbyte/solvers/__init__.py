@@ -14,6 +14,7 @@ from halfbyte.kernels.half import half_products
 from halfbyte.layers import Op
 from halfbyte.qtensor import QTensor
 from halfbyte.solvers import autoround, gptq, hqq, rtn
+from halfbyte.solvers.closing import Part
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,14 @@ class Moments:
 class Site:
     """A weight to be quantized: the op that uses it, into which format, and what is known of its inputs. closes:
     whether it is the last of its block and what it gives is added to what the block gives, so that it can make good
-    what was lost before it; of its inputs nothing is known beforehand: they come from the codes of the others."""
+    what was lost before it; of its inputs nothing is known beforehand: they come from the codes of the others. left:
+    where that solver found its codes last, the block's outputs without it, so that nothing else need run again."""
 
     op: Op
     format: Format
     moments: Moments | None = None
     closes: bool = False
+    left: list[Part] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from halfbyte.kernels import proxy, reference
 from halfbyte.kernels.rounding import round_to_grid
 from halfbyte.qtensor import QParams, QTensor, grid_values
 from halfbyte.solvers import gptq
+from halfbyte.solvers.closing import parts, seen_as, trusted
 
 SAYS = "AutoRound from GPTQ's codes: rounding and scales learned against each block's outputs"
 ITERATIONS = 75, 30  # for what the block's own floats give, and, once the weight that closes has its codes, for all
@@ -27,29 +28,30 @@ def solve(
     block: nn.Module, inputs: list[Any] | None, targets: list[Tensor] | None, sites: Mapping[str, Any]
 ) -> dict[str, QTensor]:
     """See halfbyte.solvers.Solve."""
-    codes, closing = gptq.opened(sites)
+    codes, last = gptq.opened(sites)
     if inputs is None or targets is None:
         return codes
     floats = {name: site.op.weight.value() for name, site in sites.items()}
-    first, second = UNTOLD
-    if closing is not None:
-        first = gptq.trusted(block, inputs, targets, sites[closing])
-    wanted = _between(block, inputs, targets, first)
+    if last is None:
+        given = [call(block) for call in inputs]
+        for share, iterations in zip(UNTOLD, ITERATIONS, strict=True):
+            codes = _learned(block, inputs, _between(given, targets, share), sites, codes, floats, iterations)
+        return codes
+    op, inside = sites[last].op, {name: site.op for name, site in sites.items()}
+    left = parts(block, inputs, op)
+    wanted = _between([part.closed(op) for part in left], targets, trusted(left, targets, op))
     codes = _learned(block, inputs, wanted, sites, codes, floats, ITERATIONS[0])
-    seen: dict[str, QTensor | Tensor] = {}
-    if closing is not None:
-        last, floats[closing], second = gptq.closed(block, inputs, targets, sites, closing, codes)
-        seen = {**codes, closing: floats[closing]}
-        codes[closing] = last
-    with gptq.seen_as(sites, seen):
-        wanted = _between(block, inputs, targets, second)
+    with seen_as(inside, codes):
+        left = parts(block, inputs, op)
+    codes[last], floats[last], share = gptq.closed(left, targets, sites[last])
+    with seen_as(inside, {last: floats[last]}):
+        wanted = _between([part.closed(op) for part in left], targets, share)
     return _learned(block, inputs, wanted, sites, codes, floats, ITERATIONS[1])
 
 
-@torch.no_grad()
-def _between(block: nn.Module, inputs: list[Any], targets: list[Tensor], share: float) -> list[Tensor]:
-    """What a block gives as it is, and that share of what it is short of the targets."""
-    return [torch.lerp(call(block), target, share) for call, target in zip(inputs, targets, strict=True)]
+def _between(given: list[Tensor], targets: list[Tensor], share: float) -> list[Tensor]:
+    """What a block gives, and that share of what it is short of the targets."""
+    return [torch.lerp(y, target, share) for y, target in zip(given, targets, strict=True)]
 
 
 def _learned(
@@ -62,7 +64,8 @@ def _learned(
     }
     if not learned:
         return codes
-    with gptq.seen_as(sites, {n: q for n, q in codes.items() if n not in learned}), _seen_through(sites, learned):
+    others = {n: q for n, q in codes.items() if n not in learned}
+    with seen_as({n: s.op for n, s in sites.items()}, others), _seen_through(sites, learned):
         before = _loss(block, inputs, targets)
         _descend(block, inputs, targets, list(learned.values()), iterations)
         after = _loss(block, inputs, targets)

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +13,15 @@ from torch import Tensor, nn
 
 from halfbyte.formats import Format
 from halfbyte.kernels import proxy, second_moments
-from halfbyte.kernels.half import half_products
 from halfbyte.qtensor import QParams, QTensor, grid_values
 from halfbyte.solvers import rtn
+from halfbyte.solvers.closing import Part, missing, parts, regression, seen_as
 
 SAYS = "GPTQ, then descent on its loss in codes and scales"
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
-RIDGE = 0.03  # likewise, where it is told from inputs what a block is short of
 _ELEMENTS = 1 << 24  # of the rows that are solved at a time
 _NEAR = 1 << 20  # of a temporary that stays in a cache
 _SMALL = 128  # matrices up to which LAPACK inverts as fast
-EXACT = 4096  # inputs up to which H is factored in float64; above it, that would take the most memory of all
 _log = logging.getLogger("halfbyte")
 
 
@@ -33,9 +30,12 @@ def solve(
 ) -> dict[str, QTensor]:
     """See halfbyte.solvers.Solve. What saw no input, or has a format that is not solved for, is rounded to nearest, and
     the log says so."""
-    codes, closing = opened(sites)
-    if inputs and targets and closing is not None:
-        codes[closing] = closed(block, inputs, targets, sites, closing, codes)[0]
+    codes, last = opened(sites)
+    if inputs and targets and last is not None:
+        site = sites[last]
+        with seen_as({name: s.op for name, s in sites.items()}, codes):
+            site.left.extend(parts(block, inputs, site.op))
+        codes[last], _, _ = closed(site.left, targets, site)
     return codes
 
 
@@ -62,91 +62,25 @@ def opened(sites: Mapping[str, Any]) -> tuple[dict[str, QTensor], str | None]:
     return out, closing
 
 
-def closed(
-    block: nn.Module, inputs: list[Any], targets: list[Tensor], sites: Mapping[str, Any], closing: str,
-    codes: Mapping[str, QTensor],
-) -> tuple[QTensor, Tensor, float]:  # fmt: skip
-    """Codes of the weight that closes, given all others', the weight that they were found for, and how much of what was
-    missing that weight is trusted to make good, from 0 to 1."""
-    with seen_as(sites, codes):
-        w, share, form = _closed(block, inputs, targets, sites[closing])
-    return quantize(w, sites[closing].format, form), w, share
+def closed(left: list[Part], targets: list[Tensor], site: Any) -> tuple[QTensor, Tensor, float]:
+    """Codes of the weight that closes a block, given what is left of its outputs without it, the weight that they were
+    found for, and how much of what is missing that weight is trusted to make good, from 0 to 1."""
+    w, share, form = _better(left, targets, site.op)
+    return quantize(w, site.format, form), w, share
 
 
 @torch.no_grad()
-def _closed(block: nn.Module, inputs: list[Any], targets: list[Tensor], site: Any) -> tuple[Tensor, float, Form]:
+def _better(left: list[Part], targets: list[Tensor], op: Any) -> tuple[Tensor, float, Form]:
     """The weight w' of a block's closing op whose outputs bring the block's nearest to the targets, how much of what is
     missing it is trusted to make good, and the form of its inputs. With e what is missing when it is w,
     w' = w + a E[e x^T] H^-1: the correction of Qronos (arXiv:2505.11695, equation 7) for what a whole block is fed and
     loses, as far as it is found on other text too. What tells it is let go before codes are found."""
-    gram, missing = _missing(block, inputs, targets, site)
-    w = site.op.weight.value()
-    change, share = regression(gram, missing)
-    better = w + change
-    del change, missing
-    tokens = sum(t.shape[:-1].numel() for t in targets)
-    return better.to(w.dtype), share, Form.of(gram / tokens)
-
-
-def trusted(block: nn.Module, inputs: list[Any], targets: list[Tensor], site: Any) -> float:
-    """How much of what a block's floats miss of the targets its closing weight would be trusted to make good."""
-    return regression(*_missing(block, inputs, targets, site))[1]
-
-
-@contextmanager
-def seen_as(sites: Mapping[str, Any], values: Mapping[str, QTensor | Tensor]) -> Iterator[None]:
-    """The named sites' weights are inside these floats, or what these codes stand for."""
-    weights = {name: sites[name].op.weight for name in values}
-    floats = {name: w.stored for name, w in weights.items()}
-    try:
-        for name, w in weights.items():
-            v = values[name]
-            w.store((proxy.values(v) if isinstance(v, QTensor) else v).to(w.dtype))
-        yield
-    finally:
-        for name, w in weights.items():
-            w.store(floats[name])
-
-
-@torch.no_grad()
-def _missing(block: nn.Module, inputs: list[Any], targets: list[Tensor], site: Any) -> tuple[Tensor, Tensor]:
-    """What regression is told: sums of x x^T (in, in) of what the site is fed, and of e x^T (2, out, in) over either
-    half of the text, e what the block's outputs are short of the targets."""
-    fed: list[Tensor] = []
-    outs, ins = site.op.weight.shape
-    gram, missing = torch.zeros(ins, ins), torch.zeros(2, outs, ins)
-    handle = site.op.register_forward_pre_hook(lambda m, args: fed.append(args[0]))
-    try:
-        for call, target in zip(inputs, targets, strict=True):
-            e = (target - call(block)).flatten(0, -2).float()
-            x = fed.pop().flatten(0, -2).float()
-            with half_products(call.half):
-                second_moments.add(gram, x)
-                for part, e_part, x_part in zip(missing, e.tensor_split(2), x.tensor_split(2), strict=True):
-                    part.addmm_(e_part.T, x_part)
-    finally:
-        handle.remove()
-    second_moments.mirror(gram)
-    return gram, missing
-
-
-def regression(gram: Tensor, missing: Tensor) -> tuple[Tensor, float]:
-    """Of what is missing on inputs (2, out, in), its sums with them over either half of the text: (out, in), as much of
-    it as is to be trusted, and how much that is. With a ridge, which leaves float32 enough.
-
-    That is by how much what one half says best serves the other, and so what both say, with half the noise, would
-    serve. Either half's inputs are taken to have half the form of all, so that one factor does: with h = gram + d and
-    c h = m, what the change c that one half asks for costs on the other's inputs, c gram c^T, is c m^T - d c c^T.
-    """
-    h = gram.clone()
-    d = _damp(h, RIDGE)
-    torch.linalg.cholesky(h, out=h)
-    change = torch.cholesky_solve(missing.flatten(0, 1).T, h).T.unflatten(0, missing.shape[:2])
-    gained = (change * missing.flip(0)).sum().item()
-    spent = ((change * missing).sum() - d * change.square().sum()).item()
-    half = min(1.0, max(0.0, gained / spent)) if spent > 0 else 0.0
-    share = 2 * half / (1 + half)
-    return change.sum(0).mul_(share), share
+    gram, short = missing(left, targets, op)
+    w = op.weight.value()
+    change, share = regression(gram, short)
+    better = (w + change).to(w.dtype)
+    del change, short
+    return better, share, Form.taking(gram.div_(sum(t.shape[:-1].numel() for t in targets)))
 
 
 @dataclass(frozen=True)
@@ -160,30 +94,26 @@ class Form:
     factor: Tensor
 
     @classmethod
-    def of(cls, gram: Tensor, damping: float = DAMPING) -> Form:
+    def of(cls, gram: Tensor) -> Form:
         """Of the mean of x x^T, (in, in)."""
-        h = gram.float().clone()
-        _damp(h, damping)
+        return cls.taking(gram.float().clone())
+
+    @classmethod
+    def taking(cls, h: Tensor) -> Form:
+        """Of the mean of x x^T, float32 (in, in), which becomes the form's own: one matrix less to hold."""
+        second_moments.damp(h, DAMPING)
         order = h.diagonal().argsort(descending=True)
         return cls(h, order, _factor(h, order))
 
 
-def _damp(h: Tensor, share: float) -> float:
-    """Adds to h's diagonal that share of its mean, or 1 where all inputs were 0; says how much that is."""
-    mean = h.diagonal().mean().item()
-    added = share * mean if mean > 0 else 1.0
-    h.diagonal().add_(added)
-    return added
-
-
 def _factor(h: Tensor, order: Tensor) -> Tensor:
-    """See Form. With R the other way round R H R = C C^T, so that L = R C^-T R: H is not inverted."""
+    """See Form. With R the other way round R H R = C C^T, so that L = R C^-T R: H is not inverted. Damping leaves
+    float32 enough: what codes lose is what they lose by float64, to 1e-3 of it."""
     backward = order.flip(0)
     c = h[backward[:, None], backward]
-    c = c.double() if len(h) <= EXACT else c
     torch.linalg.cholesky(c, out=c)
     _invert(c)
-    return c.T.flip(0, 1).float().contiguous()
+    return c.T.flip(0, 1).contiguous()
 
 
 def _invert(lower: Tensor) -> None:
