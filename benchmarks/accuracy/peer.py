@@ -135,11 +135,24 @@ def bitsandbytes(job: Job) -> tuple[Weights, float]:
     return {name: dequantize_4bit(*packed[name]).view_as(linear.weight) for name, linear in layers.items()}, seconds
 
 
+def plain(job: Job) -> tuple[Weights, float]:
+    """GPTQ and no more, see plain.py: no package's, but the measure of time."""
+    import plain
+
+    _, seconds = timed(lambda: plain.quantize(job.model, job.batches(), job.bits, job.group))
+    return {name: linear.weight for name, linear in job.projections().items()}, seconds
+
+
 @dataclass(frozen=True)
 class Peer:
     run: Callable[[Job], tuple[Weights, float]]
     package: str  # the version this was written for
     bits: tuple[int, ...] = (2, 3, 4, 8)
+    says: str = ""  # what it is called in tables, where it is not a package's own
+
+    @property
+    def title(self) -> str:
+        return self.says or self.package.replace("==", " ")
 
 
 PEERS = {
@@ -147,6 +160,7 @@ PEERS = {
     "hqq": Peer(hqq, "hqq==0.2.8.post1"),
     "llmcompressor": Peer(llmcompressor, "llmcompressor==0.14.0.1"),
     "bitsandbytes": Peer(bitsandbytes, "bitsandbytes==0.50.2", bits=(4,)),
+    "plain": Peer(plain, "torch==2.13.0", says="GPTQ, plainly written in torch"),
 }
 
 

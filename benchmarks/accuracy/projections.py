@@ -50,7 +50,7 @@ class Peer:
 
 AT_4_BITS = (
     Ours(f"uint4-g{GROUP}-affine", "gptq"), Ours(f"uint4-g{GROUP}-affine", "autoround", rows=64),
-    Ours(f"int4-g{GROUP}", "autoround", rows=256), Peer("bitsandbytes", 4),
+    Ours(f"int4-g{GROUP}", "autoround", rows=256), Peer("bitsandbytes", 4), Peer("plain", 4),
 )  # fmt: skip
 SECTIONS: dict[str, tuple[Ours | Peer, ...]] = {
     f"w{bits}": (
@@ -117,7 +117,7 @@ def measured(setting: Setting, rows: tuple[Ours | Peer, ...], text: str, python:
             except RuntimeError as failure:
                 print(failure, flush=True)
                 continue
-            what, by = f"int{row.bits}-g{GROUP}", PEERS[row.name].package.replace("==", " ")
+            what, by = f"int{row.bits}-g{GROUP}", PEERS[row.name].title
             what = "nf4-g64" if row.name == "bitsandbytes" else what
             by += f", {row.iterations} iterations" if row.iterations else ""
         else:
