@@ -35,7 +35,7 @@ SECTIONS = {
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, " + ",".join(SECTIONS))
-    parser.add_argument("--rows", help="of a section: those whose name holds this")
+    parser.add_argument("--rows", help="of a section: those in whose name this regular expression is found")
     parser.add_argument("--rates", help="learning rates, instead of each row's own")
     parser.add_argument("--steps", type=int, default=36)
     parser.add_argument("--seeds", type=int, default=4, help="of the section of that name")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -24,13 +25,16 @@ W4, W4_ZERO = "int4-g64", "uint4-g64-affine"
 
 @dataclass(frozen=True)
 class Asked:
-    """What of a section is run. only: what its rows' names hold. rates: learning rates in place of each row's own.
-    seeds: how many, in the section of that name."""
+    """What of a section is run. only: a regular expression that is found in its rows' names. rates: learning rates in
+    place of each row's own. seeds: how many, in the section of that name."""
 
     steps: int
     only: str
     rates: list[float]
     seeds: int
+
+    def wants(self, name: str) -> bool:
+        return re.search(self.only, name) is not None
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Trial:
 
 def chosen(trials: tuple[Trial, ...], asked: Asked) -> Iterator[Trial]:
     for t in trials:
-        if asked.only in t.name:
+        if asked.wants(t.name):
             yield from (replace(t, rate=rate) for rate in asked.rates or [t.rate])
 
 
@@ -168,7 +172,7 @@ def domain(setting: Setting, asked: Asked) -> Iterator[dict]:
     )
     for to, solver, first in roads:
         name = f"{FULL.name}, then {', '.join((*first, solver))}"
-        if asked.only not in name:
+        if not asked.wants(name):
             continue
         there, rows = setting.copy(), setting.calibration("prose", SAMPLES.get(solver, 16))
         there.model.load_state_dict(best.there.model.state_dict())
