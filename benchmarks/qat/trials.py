@@ -169,6 +169,8 @@ def domain(setting: Setting, asked: Asked) -> Iterator[dict]:
         (W4, "rtn", ()),
         (W4, "gptq", ()),
         (W4, "autoround", ()),
+        (W4_ZERO, "rtn", ()),
+        (W4_ZERO, "autoround", ()),
     )
     for to, solver, first in roads:
         name = f"{FULL.name}, then {', '.join((*first, solver))}"
@@ -187,6 +189,7 @@ def domain(setting: Setting, asked: Asked) -> Iterator[dict]:
         Trial("qat", "qat", 4e-4, W4),
         *READY,
         Trial("autoround, qat", "qat", 4e-4, W4, "autoround", more={"scale_lr_ratio": 0.1}),
+        Trial("autoround, qat, a zero", "qat", 4e-4, W4_ZERO, "autoround", more={"scale_lr_ratio": 0.1}),
     )
     for t in chosen(trials, asked):
         found = trained(setting, t, asked)
