@@ -188,6 +188,34 @@ def test_gptq_runs_on_a_whole_model_and_is_nearer_than_rounding(tmp_path):
     assert errors["gptq"] < 0.5 * errors["rtn"]
 
 
+@pytest.mark.parametrize("by", ["gptq", "autoround"])
+def test_codes_are_solved_for_anew(tmp_path, by):
+    """As those of a folder or file that is quantized already."""
+    model = models.load(folder(tmp_path / "m")).model
+    wanted = chosen(model, "linear")
+    calibrate.freeze(model, dict.fromkeys(wanted, parse("int8-channel")), solver("rtn"))
+    calibrate.freeze(model, wanted, solver(by), batches())
+    assert all(op.weight.format == INT4 for n, op in ops(model) if n in wanted)
+    assert logits(model).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox", "llama"])
+def test_a_model_in_float16_is_solved_for(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(half, "fast", lambda: True)
+    model = models.load(folder(tmp_path / "m", name, torch.float16)).model
+    wanted = chosen(model, "linear", "conv1d")
+    calibrate.freeze(model, wanted, solver("gptq"), batches())
+    assert coded(model) == set(wanted)
+
+
+def test_norms_that_hold_infinity_are_named(tmp_path):
+    model = models.load(folder(tmp_path / "m")).model
+    model.model.layers[1].input_layernorm.weight.data[3] = float("inf")
+    with pytest.raises(InputError, match=r"model.layers.1.input_layernorm.weight holds NaN or infinity"):
+        calibrate.freeze(model, chosen(model, "linear"), solver("rtn"))
+    assert not coded(model)
+
+
 def test_an_unknown_solver_is_refused_by_name():
     with pytest.raises(InputError, match=r"rntt.*rtn"):
         solver("rntt")

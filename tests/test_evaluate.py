@@ -287,3 +287,12 @@ def test_the_error_of_a_quantile_is_that_of_theory_and_grows_where_windows_repea
     # of n uniform numbers the q-quantile has the standard error sqrt(q (1 - q) / n)
     for values, n in ((apart, windows * per), (alike, windows)):
         assert evaluate._quantile_error(values, 0.9, owner, picks) == pytest.approx((0.09 / n) ** 0.5, rel=0.3)
+
+
+@pytest.mark.parametrize("whose", ["model", "reference"])
+def test_what_computes_nan_has_no_figures(whose):
+    sound, broken = Bigram(), Bigram()
+    broken.table.data[:, 3] = float("nan")
+    mine, other = (broken, sound) if whose == "model" else (sound, broken)
+    with pytest.raises(InputError, match=f"the {whose} computes NaN"):
+        measure(mine, dataset(), Reference(other))

@@ -73,6 +73,11 @@ def test_a_model_without_a_tokenizer_is_quantized_but_not_trained(tmp_path):
         load(tmp_path / "bare").train(TEXT, method="lora", **SHORT)
 
 
+def test_text_is_not_put_to_a_model_that_reads_one_and_writes_another(tmp_path):
+    with pytest.raises(InputError, match=r"reads one text and writes another.*--calibration none"):
+        load(folder(tmp_path / "t5", "t5", words=True)).evaluate(TEXT)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_model_is_read_in_the_dtype_that_is_asked_for(base, dtype):
     made = run.load(base, dtype)
@@ -110,6 +115,13 @@ def test_an_adapter_on_rules_of_ones_own_comes_back(tmp_path, base):
 def test_what_no_folder_holds_is_known_before_the_work(base, to):
     with pytest.raises(InputError, match=to):
         load(base).holds(scheme(to))
+
+
+def test_codes_that_stay_and_that_no_folder_holds_are_known_before_the_work(base):
+    made = load(base)
+    made.apply(Freeze(scheme=[{"match": "@embedding", "weight": "q8_0"}, {"match": ".*"}]))
+    with pytest.raises(InputError, match=r"embed_tokens.weight \(q8_0\).*OUT.gguf.*--requantize"):
+        made.holds(scheme("W4A16"))
 
 
 @pytest.mark.parametrize("to", ["W4A16", "NF4", "FP8", "W8A8"])

@@ -75,12 +75,13 @@ def freeze(
     without text, and only weighs by it, is told what the float model is fed. squares: op's name -> the mean squares of
     its inputs (in,), where they are known beforehand (an importance matrix).
 
-    Raises InputError if the solver needs calibration and there is none, or for a weight that holds NaN or infinity.
+    Raises InputError if the solver needs calibration and there is none, or for what holds NaN or infinity.
     """
     if solver.needs_data and not batches:
         raise InputError("this solver needs calibration text: add --calibration FILE.")
     by_name, named = dict(ops(model)), blocks(model)
     known = {n: Moments(s) for n, s in (squares or {}).items()}
+    _check(model)
     feed = None
     if batches and (solver.needs_data or solver.uses):
         if named:
@@ -95,13 +96,14 @@ def freeze(
     for i, (prefix, names) in enumerate(groups):
         store.bring(prefix)
         block = model.get_submodule(prefix) if prefix else model
+        _check(block, prefix)
         formats = {n: chosen[n] for n in names}
         codes = store.found(prefix, formats)
         use = solver if prefix or not solver.needs_data else SOLVERS[solver.outside]
         given, told, closing = None, known, None
         if feed is not None:
             held = bool(prefix) and solver.needs_data  # to what the block gives in the float model
-            feed.half = held and few_bits(formats.values())
+            feed.half = held and few_bits(formats.values()) and feed.states[0].dtype != torch.float16
             with store.passing():
                 given = feed.targets(i) if held and feed.apart(i) else None
                 if held and use.uses == "gram":
@@ -175,6 +177,13 @@ def finite(name: str, op: Op, f: Format) -> Op:
     if not op.weight.value().isfinite().all():
         raise InputError(f"{name}.weight holds NaN or infinity, which has no code in {f.name}.")
     return op
+
+
+def _check(block: nn.Module, prefix: str = "") -> None:
+    """Raises InputError for norms, biases and such that are there and hold NaN or infinity."""
+    for name, p in block.named_parameters(prefix):
+        if not name.endswith(".stored") and p.device.type != "meta" and not p.isfinite().all():
+            raise InputError(f"{name} holds NaN or infinity.")
 
 
 def _by_block(prefixes: list[str], chosen: Mapping[str, Any]) -> list[tuple[str, list[str]]]:

@@ -105,7 +105,8 @@ def measure(
     cache: a format that the model's keys and values are seen through, as when it writes with such a cache.
 
     Only the data set's targets count: all tokens but the first of a window of text; completions, for tasks.
-    Logits are taken in each model's own dtype and compared in float32; every row counts by its tokens.
+    Logits are taken in each model's own dtype and compared in float32; every row counts by its tokens. Raises
+    InputError where either computes NaN.
     """
     model.eval()
     found: dict[str, list[Tensor]] = {"nll": [], "kl": [], "same": [], "base": []}
@@ -116,14 +117,14 @@ def measure(
         wanted = batch.labels[:, 1:] != -100
         labels = batch.labels[:, 1:][wanted][:, None]
         owner.append(wanted.nonzero()[:, 0] + i * batch_size)
-        found["nll"].append(-ours.gather(1, labels)[:, 0])
+        found["nll"].append(_numbers(-ours.gather(1, labels)[:, 0], "the model"))
         if reference is not None:
             theirs = reference.log_probs(i, batch)
             if theirs.shape != ours.shape:
                 raise InputError(
                     f"the reference has {theirs.shape[1]} tokens in its vocabulary, the model {ours.shape[1]}."
                 )
-            found["base"].append(-theirs.gather(1, labels)[:, 0])
+            found["base"].append(_numbers(-theirs.gather(1, labels)[:, 0], "the reference"))
             found["same"].append((ours.argmax(1) == theirs.argmax(1)).float())
             found["kl"].append(F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1))
         on_batch(i + 1, total)
@@ -132,6 +133,14 @@ def measure(
     if cache is not None:
         row.conventions += f"; keys and values in {cache.name}"
     return row
+
+
+def _numbers(losses: Tensor, whose: str) -> Tensor:
+    if losses.isnan().any():
+        raise InputError(
+            f"{whose} computes NaN on this text: a weight holds NaN or infinity, or numbers overflow in its dtype."
+        )
+    return losses
 
 
 def _row(values: dict[str, Tensor], owner: Tensor, dataset: Dataset) -> Row:

@@ -197,7 +197,8 @@ def _say_anew(
     shown = f"{len(anew)} weights on another grid (such as {such}: {stored.q.format.name})"
     if becomes is None:
         raise InputError(
-            f"{loaded.source} has {shown}, which the target cannot hold; choose a --format and --requantize."
+            f"{loaded.source} has {shown}, which the target cannot hold; choose a --format, BF16 for floats, and "
+            "--requantize."
         )
     if not requantize:
         raise InputError(f"{loaded.source} has {shown}; add --requantize to make them {becomes}, which costs accuracy.")

@@ -60,7 +60,7 @@ def load(folder: Path, settings: dict[str, Any]) -> State | None:
         key = differing[0]
         raise InputError(
             f"--resume: {folder.parent} was begun with {key} {before.get(key)}, not {settings[key]}; "
-            "give the same command, or leave --resume out to begin anew."
+            "give the same command, or --overwrite in place of --resume to begin anew."
         )
     shards = Shards([folder / STATE])
     tensors = {name: shards.get(name) for name in shards}

@@ -69,9 +69,14 @@ class Run:
 
     @property
     def needs_tokenizer(self) -> Any:
-        """The tokenizer. Raises InputError if the model came without one."""
+        """The tokenizer. Raises InputError if the model came without one, or reads one text and writes another."""
         if self.tokenizer is None:
             raise InputError(f"{self.loaded.source} has no tokenizer, and text needs one.")
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            raise InputError(
+                f"{self.loaded.source} reads one text and writes another: text is put only to models that read and "
+                "write the same one. It can be quantized without: --calibration none, by rtn or hqq."
+            )
         return self.tokenizer
 
     @property
@@ -162,10 +167,27 @@ class Run:
             raise InputError(
                 f"{chosen.name} is a mix of ggml's blocks, which only a file holds: name the output OUT.gguf."
             )
-        entries = [e for e in plan(self.model, chosen) if e.after is not None]
+        entries = plan(self.model, chosen)
         sites = {e.name: (e.after, e.role) for e in entries if e.after is not None}
-        if sites:
-            container_for(sites, models.own_container(self.loaded), any(e.input for e in entries))
+        codes = {f"{n}.weight": op.weight.stored for n, op in ops(self.model) if isinstance(op.weight.stored, Codes)}
+        kept = {
+            e.name: (codes[e.name].q.format, e.role)
+            for e in entries
+            if e.after is None and e.name in codes and not e.tied_to
+        }
+        rounded, own = any(e.input for e in entries if e.after is not None), models.own_container(self.loaded)
+        if not sites:
+            return
+        container_for(sites, own, rounded)
+        try:
+            container_for({**sites, **kept}, own, rounded)
+        except InputError:
+            shown = ", ".join(f"{n} ({f.name})" for n, (f, _) in list(kept.items())[:3])
+            raise InputError(
+                f"{self.loaded.source} has {shown} in codes of its own, for which no folder layout has a place beside "
+                f"{chosen.name}: name the output OUT.gguf, or make floats of all first, by `halfbyte export` with "
+                "--to hf --format BF16 --requantize."
+            ) from None
 
     def holds_as_it_is(self) -> bool:
         """Whether a folder layout holds the codes that the model has."""

@@ -138,5 +138,7 @@ def _grow(
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> list[int]:
-    """A token a row of logits (rows, vocabulary)."""
+    """A token a row of logits (rows, vocabulary). Raises InputError where the model computes NaN."""
+    if logits.isnan().any():
+        raise InputError("the model computes NaN: a weight holds NaN or infinity, or numbers overflow in its dtype.")
     return torch.multinomial(logits.float().cpu().softmax(-1), 1, generator=generator)[:, 0].tolist()

@@ -198,9 +198,10 @@ class Weight(nn.Module):
             return self.grid.format
         return self.stored.q.format if isinstance(self.stored, Codes) and not self.adapters else None
 
-    def store(self, value: Tensor | QTensor, learn: bool = False) -> None:
+    def store(self, value: Tensor | QTensor | Codes, learn: bool = False) -> None:
         """Puts in a float tensor (as a frozen Parameter) or codes in place of what was stored."""
-        new = Codes(value, learn) if isinstance(value, QTensor) else nn.Parameter(value, requires_grad=False)
+        held = Codes(value, learn) if isinstance(value, QTensor) else value
+        new = held if isinstance(held, Codes) else nn.Parameter(held, requires_grad=False)
         self._seen = None
         del self.stored  # a Parameter and a module of one name would both stay registered
         self.stored = new

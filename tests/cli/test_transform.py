@@ -55,6 +55,18 @@ def test_into_a_file_that_its_own_program_need_not_know_of(halfbyte, tiny_llama,
     assert (after - before).abs().max() < 0.5 * before.abs().max()
 
 
+def test_plan_tells_what_a_weight_of_its_own_adds(halfbyte, refused, tiny_llama):
+    plan = ("plan", tiny_llama, "--to", "W4A16", "--transform", "hadamard")
+    refused(*plan, "--json", words="--untie")
+    refused("plan", tiny_llama, "--to", "W4A16", "--untie", words="--transform hadamard")
+    said = halfbyte(*plan, "--untie")
+    assert said.status == 0, said.err
+    assert "the head gets a weight of its own" in said.out
+    head = run.load(tiny_llama).model.lm_head.weight.base()
+    assert json.loads(halfbyte(*plan, "--untie", "--json").out)["added_bytes"] == head.nbytes
+    assert json.loads(halfbyte(*plan[:4], "--json").out)["added_bytes"] == 0
+
+
 def test_a_transformed_folder_is_read_by_plain_transformers(halfbyte, tiny_llama, tmp_path):
     out = tmp_path / "out"
     said = halfbyte("quantize", tiny_llama, "--to", "W8A16", "--transform", "hadamard", "--untie", "-o", out)
@@ -77,7 +89,7 @@ def test_what_does_not_go_together_is_said_or_refused(halfbyte, refused, tiny_ll
     )
     said = halfbyte(*quantize, "--transform", "smooth", "--calibration", text, "--samples", 2)
     assert said.status == 0, said.err
-    assert "round inputs, which W4A16 does not" in said.err
+    assert "round inputs: W4A16 does not" in said.err
 
 
 def test_what_is_trained_is_made_ready_first(halfbyte, refused, tiny_llama, tiny_data, tmp_path):

@@ -6,13 +6,27 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli.console import GroupSize, Json, MaxLength, ModelArgument, Revision, Samples, emit, show_plan
+from halfbyte.cli.console import (
+    GroupSize,
+    Json,
+    MaxLength,
+    ModelArgument,
+    Revision,
+    Samples,
+    Transforms,
+    Untie,
+    emit,
+    show_plan,
+)
+from halfbyte.cli.transforms import announce
 
 
 def command(
     model: ModelArgument,
     to: Annotated[str, typer.Option(help="A scheme, or a format's name.")],
     group_size: GroupSize = None,
+    transform: Transforms = None,
+    untie: Untie = False,
     solver: Annotated[str, typer.Option(help="What finds codes: rtn, hqq, gptq, autoround.")] = "rtn",
     samples: Samples = None,
     max_length: MaxLength = 512,
@@ -23,12 +37,17 @@ def command(
     from halfbyte import export, models, needs
     from halfbyte.containers import peft
     from halfbyte.plan import plan, totals
+    from halfbyte.run import Run
     from halfbyte.scheme import Mix, to_scheme
     from halfbyte.solvers import solver as solver_named
+    from halfbyte.steps import Transform
     from halfbyte.steps.codes import ROWS
+    from halfbyte.transforms import check_untie
 
     by = solver_named(solver)
     scheme = to_scheme(to, group_size)
+    check_untie(untie, transform or [])
+    first = [Transform(name=name, scheme=scheme, untie=untie) for name in transform or []]
     path = models.resolve(model, revision)
     source = peft.read(path)[0] if (path / peft.CONFIG).exists() else model  # merging leaves the base's layers
     loaded = models.load(source, revision=revision, weights=False)
@@ -37,7 +56,10 @@ def command(
     n, before, after = totals(entries)
     text_rows = samples or ROWS
     takes = needs.needs(loaded.model, entries, by, text_rows, max_length, as_gguf=isinstance(scheme, Mix))
+    added = sum(step.adds(Run(loaded)) for step in first)
     if json:
+        for step in first:
+            step.check(Run(loaded))
         rows = [
             {"name": e.name, "shape": e.shape, "before": e.before, "after": e.after.name if e.after else e.before,
              "bytes_before": e.bytes_before, "bytes": e.bytes_after, "why": e.why, "tied_to": e.tied_to,
@@ -45,10 +67,11 @@ def command(
             for e in entries
         ]  # fmt: skip
         emit({"scheme": scheme.name, "parameters": rows, "count": n, "bytes_before": before, "bytes": after,
-              "solver": by.name, "peak_memory": takes.memory, "disk": takes.disk})  # fmt: skip
+              "added_bytes": added, "solver": by.name, "peak_memory": takes.memory, "disk": takes.disk})  # fmt: skip
     else:
         print(f"{model} -> {scheme.name}:")
         show_plan(entries, print)
+        announce(first, Run(loaded), print)
         text = f" on {text_rows} rows of a file's text" if by.needs_data else ""
         memory, disk = f"{takes.memory / 1e9:.1f} GB of memory", f"{takes.disk / 1e6:.1f} MB of disk"
         print(f"  by {by.name}{text}: about {memory}, {disk} while it runs")

@@ -134,14 +134,18 @@ def _climb(
     if best.kl > limit:
         failed = (
             f"--max-kl {limit} was not met in {len(climb.tries)} tries; the nearest was kept: "
-            f"{best.choice.scheme.name} by {best.solver}, with a KL of {best.kl:.4f}."
+            f"{best.choice.scheme.name} by {best.solver}, with a KL of {_short(best.kl)}."
         )
     return Chosen(best.choice.scheme, rows, best.solver, best.choice, best.run, climb.tries, failed)
 
 
+def _short(kl: float) -> str:
+    return f"{kl:.4f}" if kl == 0 or kl >= 0.001 else f"{kl:.1e}"
+
+
 def _say_try(found: Try) -> None:
-    error = "" if found.row.kl_error is None else f" +- {found.row.kl_error:.4f}"
-    say(f"{found.solver}, {found.choice.scheme.name}, {found.choice.size / 1e6:.1f} MB: KL {found.kl:.4f}{error}")
+    error = "" if found.row.kl_error is None else f" +- {_short(found.row.kl_error)}"
+    say(f"{found.solver}, {found.choice.scheme.name}, {found.choice.size / 1e6:.1f} MB: KL {_short(found.kl)}{error}")
 
 
 def show(choice: Choice, costs: Costs) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from halfbyte.cli.console import say
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from halfbyte.steps import Transform
 
 
-def announce(steps: Sequence[Transform], run: Run) -> None:
+def announce(steps: Sequence[Transform], run: Run, say: Callable[[str], None] = say) -> None:
     """Says what will be done before. Raises InputError for what cannot be."""
     from halfbyte.scheme import to_scheme
     from halfbyte.transforms import transform
@@ -20,7 +20,7 @@ def announce(steps: Sequence[Transform], run: Run) -> None:
     for step in steps:
         row, scheme = transform(step.name), to_scheme(step.scheme, step.group_size)
         if row.rounds_inputs and not any(r.input for r in getattr(scheme, "rules", ())):
-            say(f"--transform {step.name} is for schemes that round inputs, which {scheme.name} does not.")
+            say(f"--transform {step.name} is for schemes that round inputs: {scheme.name} does not, but it is done.")
         step.check(run)
         more = step.adds(run)
         apart = f"; the head gets a weight of its own, {more / 1e6:.1f} MB more" if more else ""

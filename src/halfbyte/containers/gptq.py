@@ -50,7 +50,8 @@ def encode(name: str, q: QTensor, input: Format | None = None) -> dict[str, Tens
         raise InputError(f"{name}: GPTQ packs {per} codes a word, which do not divide {rows} x {cols}.")
     if not torch.equal(scale.half().float(), scale.float()):
         raise InputError(
-            f"{name}: GPTQ keeps scales in float16, which does not hold these exactly; use --dtype float16."
+            f"{name}: the layout that holds it, GPTQ's, keeps scales in float16, which does not hold these exactly; "
+            "use --dtype float16."
         )
     zero = tensors["zero"] if "zero" in tensors else torch.full(scale.shape, 1 << (f.bits - 1), dtype=torch.uint8)
     group = cols // scale.shape[-1]

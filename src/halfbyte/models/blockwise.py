@@ -22,6 +22,7 @@ from halfbyte.models.structure import blocks
 from halfbyte.qtensor import QParams, QTensor, check_parts
 
 SETTINGS = "settings.json"
+_SHOWN = 80  # characters of a setting, in a message
 
 
 class Solved:
@@ -98,7 +99,9 @@ class Blockwise:
             shape = tuple(by_name[name].weight.shape)
             parts = {n.partition(":")[2]: shards.get(n) for n in shards if n.partition(":")[0] == name}
             if not parts:
-                raise InputError(f"{file} lacks the codes of {name}: leave --resume out to begin anew.")
+                raise InputError(
+                    f"{file} lacks the codes of {name}: give --overwrite in place of --resume to begin anew."
+                )
             out[name] = check_parts(QTensor.of_leaves(f, shape, self.loaded.config.dtype, parts))
             self.solved.codes[name] = shards, out[name].to("meta")
         return out
@@ -143,7 +146,9 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
         return
     before = read_json(file)
     if differing := next((k for k in settings if settings[k] != before.get(k)), None):
+        was, now = (str(s) for s in (before.get(differing), settings[differing]))
+        shown = f"{differing} {was}, not {now}" if max(len(was), len(now)) < _SHOWN else f"another {differing}"
         raise InputError(
-            f"--resume: {folder.parent} was begun with {differing} {before.get(differing)}, not {settings[differing]}; "
-            "give the same command, or leave --resume out to begin anew."
+            f"--resume: {folder.parent} was begun with {shown}; "
+            "give the same command, or --overwrite in place of --resume to begin anew."
         )

@@ -12,7 +12,7 @@ from halfbyte import kernels
 from halfbyte.formats import Format
 from halfbyte.qtensor import QParams, QTensor
 
-SAYS = "round to nearest, scales by the search that measured best for each format; it needs no calibration"
+SAYS = "round to nearest, scales by the search that measured best for each format; it needs no text, and weighs by it"
 
 
 def solve(
