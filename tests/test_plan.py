@@ -105,6 +105,14 @@ def test_smaller_groups_are_said():
     assert by_name["model.layers.0.mlp.up_proj.weight"] == ("int4-g64", "groups of 64: 128 does not divide 64")
 
 
+def test_the_size_of_groups_that_is_named_divides_all(tmp_path):
+    module = nn.Sequential(nn.Linear(48, 100), nn.Linear(100, 8))
+    swap(module)
+    with pytest.raises(InputError, match=r"does not divide its 48 inputs; choose --group-size 4 or"):
+        plan(module, scheme("W4A16"))
+    assert all(e.after is None or e.after.group == 4 for e in plan(module, scheme("W4A16", group_size=4)))
+
+
 @pytest.mark.parametrize("name", EXPERTS)
 def test_experts_are_quantized_or_named(name):
     model = swap(make(name))

@@ -1,6 +1,6 @@
 """What a user can get wrong, as exceptions; the command line turns them into exit codes."""
 
-import textwrap
+_SAID = 240  # characters of what another library says: whole sentences, where one fits
 
 
 class InputError(ValueError):
@@ -9,7 +9,10 @@ class InputError(ValueError):
 
 def reason(e: BaseException) -> str:
     """What another library's exception says, as the end of a sentence."""
-    said = textwrap.shorten(str(e) or type(e).__name__, 240, placeholder=" ...")
+    said = " ".join((str(e) or type(e).__name__).split())
+    if len(said) > _SAID:
+        whole = said[:_SAID].rpartition(". ")[0]
+        said = whole or said[:_SAID].rpartition(" ")[0]
     return said.rstrip(".!: ") + "."
 
 

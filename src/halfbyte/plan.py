@@ -72,15 +72,17 @@ def plan(model: nn.Module, chosen: Scheme | Mix) -> list[Entry]:
     scheme = chosen.on(parts(model)) if isinstance(chosen, Mix) else chosen
     out, unnamed = [], []
     known = {f"{name}.weight" for name, _ in ops(model)}
-    for e in inventory(model):
+    entries = inventory(model)
+    widths = [e.shape[-1] for e in entries if e.name in known and _grouped(scheme, e)]
+    for e in entries:
         module = (e.tied_to or e.name).removesuffix(".weight")
         if e.name not in known:
-            rule = next((r for r in scheme.rules if r.matches(e.name, e.role)), None)
+            rule = scheme.rule(e.name, e.role)
             if len(e.shape) > 1 and (rule is None or rule.weight is not None):
                 unnamed.append(f"{e.name} {list(e.shape)}")
             out.append(_with(e, None, None, "not a matrix" if len(e.shape) < 2 or rule is None else rule.why))
             continue
-        rule = scheme.decide(module, e.role, e.shape)
+        rule = scheme.decide(module, e.role, e.shape, widths)
         kept = e.role == "convolution" and not scheme.alone  # no folder of others has a place for what rounds them
         out.append(_with(e, rule.weight, None if kept else rule.input, rule.why))
     if unnamed:
@@ -90,6 +92,11 @@ def plan(model: nn.Module, chosen: Scheme | Mix) -> list[Entry]:
             "that kind of layer yet; a recipe's scheme can keep them with a rule that names them."
         )
     return out
+
+
+def _grouped(scheme: Scheme, e: Entry) -> bool:
+    rule = scheme.rule((e.tied_to or e.name).removesuffix(".weight"), e.role)
+    return rule is not None and rule.weight is not None and isinstance(rule.weight.group, int) and not rule.weight.flat
 
 
 def _with(e: Entry, f: Format | None, input: Format | None, why: str) -> Entry:

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import gcd
 from typing import Any, ClassVar
 
 from halfbyte.errors import InputError
@@ -53,10 +54,15 @@ class Scheme:
         """Whether it takes calibration to find the scales of inputs."""
         return any(static(r.input) for r in self.rules)
 
-    def decide(self, name: str, role: str, shape: tuple[int, ...]) -> Rule:
-        """The rule for one weight, its group made to fit. Raises InputError if none matches, or a group that
-        was asked for does not divide the layer's inputs."""
-        rule = next((r for r in self.rules if r.matches(name, role)), None)
+    def rule(self, name: str, role: str) -> Rule | None:
+        """The first that matches a weight."""
+        return next((r for r in self.rules if r.matches(name, role)), None)
+
+    def decide(self, name: str, role: str, shape: tuple[int, ...], widths: Sequence[int] = ()) -> Rule:
+        """The rule for one weight, its group made to fit. widths: the inputs of all that get groups, for a size that
+        serves them too, in the message. Raises InputError if none matches, or a group that was asked for does not
+        divide the layer's inputs."""
+        rule = self.rule(name, role)
         if rule is None:
             raise InputError(
                 f"scheme {self.name} says nothing of {name} ({role}); add a rule that keeps or quantizes it."
@@ -71,7 +77,7 @@ class Scheme:
         if not self.fits or group is None:
             raise InputError(
                 f"{name}: a group of {f.group} does not divide its {shape[-1]} inputs; choose --group-size "
-                f"{_largest_divisor(shape[-1], f.group)} or a scheme by channel."
+                f"{_largest_divisor(gcd(shape[-1], *widths), f.group)} or a scheme by channel."
             )
         return replace(
             rule, weight=f.with_group(group), why=f"groups of {group}: {f.group} does not divide {shape[-1]}"
