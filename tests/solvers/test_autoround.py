@@ -125,6 +125,17 @@ def test_it_goes_for_as_much_of_what_is_missing_as_is_trusted(tmp_path, monkeypa
     assert not torch.equal(second, own)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_it_learns_beside_norms_that_are_trained_elsewhere(tmp_path, name):
+    """With a weight that closes blocks and without: what is aimed at is no part of what is learned."""
+    model = models.load(folder(tmp_path / "m", name)).model
+    wanted = {n: parse("int3-g32") for n, role in roles(model).items() if role == "linear"}
+    for n, p in model.named_parameters():
+        p.requires_grad_("norm" in n)
+    calibrate.freeze(model, wanted, solver("autoround"), batches())
+    assert all(isinstance(op.weight.stored, Codes) for n, op in ops(model) if n in wanted)
+
+
 def test_what_does_not_get_better_is_left_as_gptq_has_it(tmp_path, monkeypatch):
     folder(tmp_path / "m")
     monkeypatch.setattr(autoround, "RATE", 10.0)

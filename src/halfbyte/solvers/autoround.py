@@ -33,7 +33,7 @@ def solve(
         return codes
     floats = {name: site.op.weight.value() for name, site in sites.items()}
     if last is None:
-        given = [call(block) for call in inputs]
+        given = _given(block, inputs)
         for share, iterations in zip(UNTOLD, ITERATIONS, strict=True):
             codes = _learned(block, inputs, _between(given, targets, share), sites, codes, floats, iterations)
         return codes
@@ -47,6 +47,12 @@ def solve(
     with seen_as(inside, {last: floats[last]}):
         wanted = _between([part.closed(op) for part in left], targets, share)
     return _learned(block, inputs, wanted, sites, codes, floats, ITERATIONS[1])
+
+
+@torch.no_grad()
+def _given(block: nn.Module, inputs: list[Any]) -> list[Tensor]:
+    """What a block gives as it is."""
+    return [call(block) for call in inputs]
 
 
 def _between(given: list[Tensor], targets: list[Tensor], share: float) -> list[Tensor]:
