@@ -176,7 +176,7 @@ def domain(setting: Setting, asked: Asked) -> Iterator[dict]:
         name = f"{FULL.name}, then {', '.join((*first, solver))}"
         if not asked.wants(name):
             continue
-        there, rows = setting.copy(), setting.calibration("prose", SAMPLES.get(solver, 16))
+        there, rows = setting.copy(), setting.calibration("prose", SAMPLES.get(solver, SAMPLES["gptq"]))
         there.model.load_state_dict(best.there.model.state_dict())
         text = rows if solver in SAMPLES else "none"
         with torch.no_grad():

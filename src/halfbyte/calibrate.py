@@ -103,11 +103,11 @@ def freeze(
         given, told, closing = None, known, None
         if feed is not None:
             held = bool(prefix) and solver.needs_data  # to what the block gives in the float model
-            feed.half = held and few_bits(formats.values()) and feed.states[0].dtype != torch.float16
+            feed.half = held and few_bits(formats.values(), feed.states[0].dtype)
             with store.passing():
                 given = feed.targets(i) if held and feed.apart(i) else None
-                if held and use.uses == "gram":
-                    closing = next((n for n in names if n == f"{prefix}.{feed.closing(i)}"), None)
+                if held and use.uses == "gram" and (last := f"{prefix}.{feed.closing(i)}") in formats:
+                    closing = last
                 if codes is None or (prefix and given is None):
                     inside = {n: op for n, op in by_name.items() if not prefix or n.startswith(f"{prefix}.")}
                     with watching(inside, [n for n in names if n != closing], use.uses) as seen:

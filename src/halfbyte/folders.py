@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from halfbyte.errors import InputError
 
 CHECKPOINT = "checkpoint"
 FILES = (".gguf", ".onnx", ".delta")  # outputs that are one file
 
+_SHOWN = 160  # characters of settings, in a message
 _OURS = ("halfbyte.json", "ledger.json")  # what a folder that halfbyte wrote holds
 
 
@@ -77,6 +80,19 @@ def begin(target: Path, overwrite: bool = False, resume: bool = False) -> Path:
     if partial.exists() and not resume:
         shutil.rmtree(partial)
     return partial
+
+
+def check_begun(work: Path, settings: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Raises InputError where what is under `work` was begun with other settings than these. before: those, as JSON has
+    them."""
+    for key, value in settings.items():
+        was, now = before.get(key), json.loads(json.dumps(value))
+        if was != now:
+            told = f"{key} {was}, not {now}"
+            raise InputError(
+                f"--resume: {work} was begun with {told if len(told) < _SHOWN else f'another {key}'}; "
+                "give the same command, or --overwrite in place of --resume to begin anew."
+            )
 
 
 @contextmanager

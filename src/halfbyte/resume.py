@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from halfbyte.containers.shards import Shards, read_json
-from halfbyte.errors import InputError
+from halfbyte.folders import check_begun
 from halfbyte.train import State
 
 STATE, WHERE, SCRATCH = "state.safetensors", "where.json", "scratch"
@@ -55,13 +55,7 @@ def load(folder: Path, settings: dict[str, Any]) -> State | None:
     if not folder.exists():
         return None
     where = read_json(folder / WHERE)
-    before = where.get("settings", {})
-    if differing := [k for k in settings if json.loads(json.dumps(settings[k])) != before.get(k)]:
-        key = differing[0]
-        raise InputError(
-            f"--resume: {folder.parent} was begun with {key} {before.get(key)}, not {settings[key]}; "
-            "give the same command, or --overwrite in place of --resume to begin anew."
-        )
+    check_begun(folder.parent, settings, where.get("settings", {}))
     shards = Shards([folder / STATE])
     tensors = {name: shards.get(name) for name in shards}
     rng = tensors.pop("rng")

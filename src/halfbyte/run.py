@@ -175,9 +175,9 @@ class Run:
             for e in entries
             if e.after is None and e.name in codes and not e.tied_to
         }
-        rounded, own = any(e.input for e in entries if e.after is not None), models.own_container(self.loaded)
         if not sites:
             return
+        rounded, own = any(e.input for e in entries if e.after is not None), models.own_container(self.loaded)
         container_for(sites, own, rounded)
         try:
             container_for({**sites, **kept}, own, rounded)

@@ -51,15 +51,15 @@ def command(
     path = models.resolve(model, revision)
     source = peft.read(path)[0] if (path / peft.CONFIG).exists() else model  # merging leaves the base's layers
     loaded = models.load(source, revision=revision, weights=False)
+    made = Run(loaded)
+    for step in first:
+        step.check(made)
     entries = plan(loaded.model, scheme)
     readers = export.readers(loaded, entries)
     n, before, after = totals(entries)
     text_rows = samples or ROWS
     takes = needs.needs(loaded.model, entries, by, text_rows, max_length, as_gguf=isinstance(scheme, Mix))
-    added = sum(step.adds(Run(loaded)) for step in first)
     if json:
-        for step in first:
-            step.check(Run(loaded))
         rows = [
             {"name": e.name, "shape": e.shape, "before": e.before, "after": e.after.name if e.after else e.before,
              "bytes_before": e.bytes_before, "bytes": e.bytes_after, "why": e.why, "tied_to": e.tied_to,
@@ -67,11 +67,12 @@ def command(
             for e in entries
         ]  # fmt: skip
         emit({"scheme": scheme.name, "parameters": rows, "count": n, "bytes_before": before, "bytes": after,
-              "added_bytes": added, "solver": by.name, "peak_memory": takes.memory, "disk": takes.disk})  # fmt: skip
+              "added_bytes": sum(step.adds(made) for step in first), "solver": by.name,
+              "peak_memory": takes.memory, "disk": takes.disk})  # fmt: skip
     else:
         print(f"{model} -> {scheme.name}:")
         show_plan(entries, print)
-        announce(first, Run(loaded), print)
+        announce(first, made, print)
         text = f" on {text_rows} rows of a file's text" if by.needs_data else ""
         memory, disk = f"{takes.memory / 1e9:.1f} GB of memory", f"{takes.disk / 1e6:.1f} MB of disk"
         print(f"  by {by.name}{text}: about {memory}, {disk} while it runs")

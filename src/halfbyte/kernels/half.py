@@ -21,9 +21,10 @@ def fast() -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in told)
 
 
-def few_bits(formats: Iterable[Format]) -> bool:
-    """Whether products in bfloat16 are near enough to look for weights in these formats, and faster."""
-    return fast() and max((f.bits for f in formats), default=16) <= MOST_BITS
+def few_bits(formats: Iterable[Format], of: torch.dtype) -> bool:
+    """Whether products in bfloat16 are near enough to look for weights in these formats, and faster. of: the model's
+    own dtype; beside float16 they cannot be, since norms take weights and inputs in one dtype."""
+    return fast() and of != torch.float16 and max((f.bits for f in formats), default=16) <= MOST_BITS
 
 
 @contextmanager

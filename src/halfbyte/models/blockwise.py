@@ -14,6 +14,7 @@ from torch import Tensor
 
 from halfbyte.containers.shards import Shards, read_json
 from halfbyte.errors import InputError
+from halfbyte.folders import check_begun
 from halfbyte.formats import Format
 from halfbyte.layers import ops
 from halfbyte.models.checkpoint import Checkpoint, Source
@@ -22,7 +23,6 @@ from halfbyte.models.structure import blocks
 from halfbyte.qtensor import QParams, QTensor, check_parts
 
 SETTINGS = "settings.json"
-_SHOWN = 80  # characters of a setting, in a message
 
 
 class Solved:
@@ -62,7 +62,7 @@ class Blockwise:
         self.solved = Solved(loaded.checkpoint.source)
         loaded.checkpoint = self.checkpoint = Checkpoint(self.solved)
         self._prefixes = [prefix for prefix, _ in blocks(loaded.model)]
-        _begin(folder, json.loads(json.dumps(settings)))
+        _begin(folder, settings)
         for name, _ in list(loaded.model.named_parameters()):  # norms and such, which are small
             if not self._block_of(name) and not name.endswith(".stored"):
                 self.checkpoint.materialize(loaded.model, loaded.config.dtype, name)
@@ -137,18 +137,11 @@ def identity(path: Path) -> list[list[Any]]:
     return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
-def _begin(folder: Path, settings: dict[str, Any]) -> None:
+def _begin(folder: Path, settings: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / SETTINGS
     if not file.exists():
-        file.with_suffix(".new").write_text(json.dumps(settings))
+        file.with_suffix(".new").write_text(json.dumps(dict(settings)))
         file.with_suffix(".new").rename(file)
         return
-    before = read_json(file)
-    if differing := next((k for k in settings if settings[k] != before.get(k)), None):
-        was, now = (str(s) for s in (before.get(differing), settings[differing]))
-        shown = f"{differing} {was}, not {now}" if max(len(was), len(now)) < _SHOWN else f"another {differing}"
-        raise InputError(
-            f"--resume: {folder.parent} was begun with {shown}; "
-            "give the same command, or --overwrite in place of --resume to begin anew."
-        )
+    check_begun(folder.parent, settings, read_json(file))
