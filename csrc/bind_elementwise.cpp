@@ -227,7 +227,7 @@ bool bind_fit(const GridHandle& grid, int64_t n, int64_t group, const Typed& x, 
     return n == 0 || fit(f, threads);
 }
 
-// float32: w (rows, cols), or with passes the gradient; m (cols, cols), scale and zero (rows, groups). group: int32 (cols,).
+// float32: w (rows, cols), or with passes the gradient, which then is that of the codes found; m (cols, cols), scale and zero (rows, groups). group: int32 (cols,).
 // codes: uint8 (rows, cols).
 void bind_solve(const GridHandle& grid, int64_t rows, int64_t cols, int64_t groups, Span w, Span m, Span group, Span scale, std::optional<Span> zero,
                 Span codes, int passes, int threads) {
@@ -237,7 +237,7 @@ void bind_solve(const GridHandle& grid, int64_t rows, int64_t cols, int64_t grou
     const int64_t n = product(rows, cols, "the tensor"), scales = product(rows, groups, "the scales");
     Solve s;
     s.grid = &grid.g, s.rows = rows, s.cols = cols, s.groups = groups, s.passes = passes;
-    (passes ? s.gradient : s.w) = (const float*)checked(w, product(n, 4, "the tensor"), "the tensor");
+    s.w = s.gradient = (float*)checked(w, product(n, 4, "the tensor"), "the tensor");
     s.m = (const float*)checked(m, product(product(cols, cols, "the matrix"), 4, "the matrix"), "the matrix");
     s.group = (const int32_t*)checked(group, cols * 4, "the groups of columns");
     s.scale = (const float*)checked(scale, scales * 4, "the scale");

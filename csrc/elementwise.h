@@ -93,7 +93,7 @@ struct Solve {
     const Grid* grid = nullptr;    // integers or a table
     int64_t rows = 0, cols = 0, groups = 0;
     const float* w = nullptr;      // (rows, cols): what is rounded in order
-    const float* gradient = nullptr;  // (rows, cols): (q - w) H of the codes that are there, for passes over them
+    float* gradient = nullptr;     // (rows, cols): (q - w) H of the codes that are there, for passes over them
     const float* m = nullptr;      // (cols, cols): H, or the lower Cholesky factor of its inverse
     const int32_t* group = nullptr;  // (cols,): whose scale a column has
     const float *scale = nullptr, *zero = nullptr;  // (rows, groups)

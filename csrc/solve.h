@@ -151,7 +151,10 @@ struct Descent {
             again = false;
             for (int64_t r = 0; r < n; r++) again |= moving[r] = moved[r];
         }
-        for (int64_t r = 0; r < n; r++) memcpy(s.codes + (first + r) * s.cols, codes + r * wide, (size_t)s.cols);
+        for (int64_t r = 0; r < n; r++) {
+            memcpy(s.codes + (first + r) * s.cols, codes + r * wide, (size_t)s.cols);
+            memcpy(s.gradient + (first + r) * s.cols, gradient + r * wide, (size_t)s.cols * sizeof(float));
+        }
     }
     // Moves the codes of a row's columns begin..end, which are whole lanes but for the last ones of all.
     void within(int64_t r, int64_t begin, int64_t end) {

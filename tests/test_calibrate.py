@@ -9,6 +9,7 @@ from halfbyte.kernels import half
 from halfbyte.layers import Codes, ops
 from halfbyte.models import roles
 from halfbyte.solvers import Solver, gptq, rtn, solver
+from halfbyte.solvers.form import Form
 from miniatures import folder, logits, tokenizer
 
 INT4 = parse("int4-g32")
@@ -108,7 +109,7 @@ def test_weights_outside_the_blocks_are_solved_for_what_the_quantized_blocks_fee
     calibrate.freeze(model, chosen(model, "linear", "head"), Solver("watch", solve, True, ""), batches())
     assert "lm_head" not in asked
     x = fed(model, "lm_head")  # by the quantized blocks
-    expected = gptq.quantize(head, INT4, gptq.Form.of(x.T @ x / len(x)))
+    expected = gptq.quantize(head, INT4, Form.of(x.T @ x / len(x)))
     torch.testing.assert_close(model.lm_head.weight.value(), expected.dequantize())
 
 

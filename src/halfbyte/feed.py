@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from halfbyte.data import Batch
 from halfbyte.kernels import second_moments
+from halfbyte.kernels.half import half_products
 from halfbyte.layers import Linear, RoundsInputs, ops
 from halfbyte.solvers import Call, Moments
 
@@ -50,23 +51,18 @@ class Feed:
         return [call(self._blocks[i]) for call in self.calls(i)]
 
     @torch.no_grad()
-    def until(self, i: int, last: nn.Module) -> None:
-        """Runs block i on the present states, up to where its op `last` is used."""
+    def until(self, i: int, last: nn.Module | None) -> None:
+        """Runs block i on the present states, up to where its op `last` is used, or to its end."""
 
         def stop(module: nn.Module, args: Any) -> None:
             raise _Reached
 
-        handle = last.register_forward_pre_hook(stop)
-        try:
+        with ExitStack() as stack:
+            if last is not None:
+                stack.callback(last.register_forward_pre_hook(stop).remove)
             for call in self.calls(i):
                 with suppress(_Reached):
                     call(self._blocks[i])
-        finally:
-            handle.remove()
-
-    def apart(self, i: int) -> bool:
-        """Whether what block i gives in the float model is something else than it gives on the present states."""
-        return self.states is not self.floats or any(op.input is not None for op in self._rounding(i))
 
     @torch.no_grad()
     def targets(self, i: int) -> list[Tensor]:
@@ -216,6 +212,15 @@ def watching(by_name: Mapping[str, nn.Module], names: list[str], uses: str) -> I
     finally:
         for h in handles:
             h.remove()
+
+
+def moments_of(fed: list[Tensor], uses: str, half: bool) -> Moments:
+    """Of inputs (..., in), a list over calls. half: whether what is summed is multiplied in bfloat16."""
+    seen = _Seen(uses == "gram")
+    with half_products(half):
+        for x in fed:
+            seen.add("", x)
+    return seen.moments()[""]
 
 
 def _look(seen: _Seen, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:

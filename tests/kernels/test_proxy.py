@@ -28,7 +28,7 @@ def lower(h, order):
 def rounded(w, p, h, name):
     order = h.diagonal().argsort(descending=True)
     first = proxy.in_order(w, parse(name), p, lower(h, order), order)
-    return first, proxy.descend(w, first, h)
+    return first, proxy.descend(w, first, h)[0]
 
 
 def test_integers_and_tables_are_solved_for():
@@ -78,14 +78,15 @@ def test_the_factor_of_a_diagonal_gives_what_rounding_to_nearest_gives():
     eye = torch.eye(512)
     q = proxy.in_order(w, parse("int4-g64"), p, eye, torch.arange(512))
     assert torch.equal(q.dequantize(), kernels.quantize(w, parse("int4-g64"), p).dequantize())
-    assert torch.equal(proxy.descend(w, q, eye).codes, q.codes)
+    assert torch.equal(proxy.descend(w, q, eye)[0].codes, q.codes)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 33), st.integers(1, 6), st.integers(0, 1000), st.sampled_from(["int3-g32", "uint4-g32", "q5_1"]))
 def test_no_single_code_can_be_moved_to_advantage_afterwards(rows, groups, seed, name):
     w, p, h = case(name, rows, 32 * groups, seed)
-    q = proxy.descend(w, kernels.quantize(w, parse(name), p), h, passes=200)
+    q, gradient = proxy.descend(w, kernels.quantize(w, parse(name), p), h, passes=200)
+    torch.testing.assert_close(gradient, (proxy.values(q) - w) @ h, rtol=1e-4, atol=1e-6)
     best = proxy.loss(w, q, h)
     g = torch.Generator().manual_seed(seed)
     for _ in range(5):
@@ -94,6 +95,14 @@ def test_no_single_code_can_be_moved_to_advantage_afterwards(rows, groups, seed,
         codes[:, j] = (codes[:, j] + step).clamp(0, (1 << q.format.bits) - 1)
         moved = proxy.with_codes(q, codes.to(torch.uint8))
         assert (proxy.loss(w, moved, h) >= best * (1 - 1e-4) - 1e-7).all()
+
+
+@pytest.mark.parametrize("by", ["generic", "reference"])
+def test_descent_tells_the_gradient_where_it_ends(by):
+    w, p, h = case("uint4-g64")
+    with kernels.using(by):
+        q, gradient = proxy.descend(w, kernels.quantize(w, "uint4-g64", p), h, passes=1)
+    torch.testing.assert_close(gradient, (proxy.values(q) - w) @ h, rtol=1e-4, atol=1e-6)
 
 
 def test_other_scales_keep_the_codes():

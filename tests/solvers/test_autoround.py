@@ -9,6 +9,7 @@ from halfbyte.kernels import half, proxy
 from halfbyte.layers import Codes, ops
 from halfbyte.models import roles
 from halfbyte.solvers import autoround, gptq, solver
+from halfbyte.solvers.form import Form
 from miniatures import folder, tokenizer
 
 NAMES = ["int4-g32", "uint4-g32", "int2-g64", "uint3-g64-affine", "q4_0", "q4_1", "q4_k", "iq4_nl", "nf4-g64",
@@ -19,7 +20,7 @@ def case(name, dtype=torch.float32):
     g = torch.Generator().manual_seed(0)
     w = (torch.randn(24, 256, generator=g) * 0.05).to(dtype)
     x = torch.randn(700, 256, generator=g) * torch.rand(256, generator=g) * 2
-    return w, gptq.quantize(w, parse(name), gptq.Form.of(x.T @ x / 700))
+    return w, gptq.quantize(w, parse(name), Form.of(x.T @ x / 700))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,6 +7,7 @@ from halfbyte import data, feed, models
 from halfbyte.kernels import half
 from halfbyte.layers import ops
 from halfbyte.solvers import closing
+from halfbyte.solvers.form import Form
 from miniatures import folder, tokenizer
 
 CLOSING = {"llama": "mlp.down_proj", "gpt2": "mlp.c_proj", "neox": "mlp.dense_4h_to_h", "opt": "fc2"}
@@ -42,17 +43,17 @@ def fed():
 
 
 def halves(x, e):
-    """Sums over either half of the text: of x x^T over both, and of what is missing on x."""
-    return x.T @ x, torch.stack([a.T @ b for a, b in zip(e.tensor_split(2), x.tensor_split(2), strict=True)])
+    """The form of inputs, and over either half of the text the sum of what is missing on them, by all tokens."""
+    both = torch.stack([a.T @ b for a, b in zip(e.tensor_split(2), x.tensor_split(2), strict=True)])
+    return Form.of(x.T @ x / len(x)), both / len(x)
 
 
 def test_what_both_halves_of_the_text_agree_on_is_wholly_trusted():
     x = fed().repeat(2, 1)
     turn = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
-    gram, missing = halves(x, x @ turn.T)
-    ridge = closing.RIDGE * gram.diagonal().mean() * torch.eye(64)
-    expected = torch.linalg.solve(gram + ridge, missing.sum(0).T).T
-    change, share = closing.regression(gram, missing)
+    form, missing = halves(x, x @ turn.T)
+    expected = torch.linalg.solve(form.h, missing.sum(0).T).T
+    change, share = closing.regression(form, missing)
     torch.testing.assert_close(change, expected, atol=1e-3, rtol=1e-3)
     assert share == 1
 
@@ -61,8 +62,8 @@ def test_nothing_is_made_of_what_one_half_of_the_text_denies_the_other():
     x, turn = fed(), torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
     sign = torch.ones(len(x), 1)
     sign[len(x) // 2 :] = -1
-    gram, missing = halves(x, sign * (x @ turn.T))
-    change, share = closing.regression(gram, missing)
+    form, missing = halves(x, sign * (x @ turn.T))
+    change, share = closing.regression(form, missing)
     assert change.abs().max() == share == 0
 
 
@@ -71,8 +72,8 @@ def test_of_noise_little_is_taken_for_a_loss():
     x = fed()
     g = torch.Generator().manual_seed(1)
     noise = torch.randn(len(x), 8, generator=g)
-    gram, missing = halves(x, noise)
-    plain = torch.linalg.solve(gram, missing.sum(0).T).T
-    change, share = closing.regression(gram, missing)
+    form, missing = halves(x, noise)
+    plain = torch.linalg.lstsq(x, noise).solution.T
+    change, share = closing.regression(form, missing)
     assert share < 0.5
     assert (x @ change.T).norm() < 0.5 * (x @ plain.T).norm()

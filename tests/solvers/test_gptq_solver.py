@@ -10,6 +10,7 @@ from halfbyte.formats import parse
 from halfbyte.kernels import proxy
 from halfbyte.layers import Linear, Weight, ops
 from halfbyte.solvers import Moments, Site, gptq, rtn, solver
+from halfbyte.solvers.form import Form
 from miniatures import folder, tokenizer
 
 NAMES = ["int4-g64", "uint4-g64", "int3-g32", "int4-channel", "q4_0", "q4_1", "q4_k", "iq4_nl", "nf4-g64", "mxfp4"]
@@ -37,16 +38,16 @@ def test_outputs_are_nearer_than_with_rounding_weighed_or_not(name):
     w, x, gram = case()
     f = parse(name)
     plain, weighed = error(w, kernels.quantize(w, f), x), error(w, rtn.quantize(w, f, gram.diagonal()), x)
-    solved = error(w, gptq.quantize(w, f, gptq.Form.of(gram)), x)
+    solved = error(w, gptq.quantize(w, f, Form.of(gram)), x)
     assert solved < 0.75 * min(plain, weighed)
 
 
 @pytest.mark.parametrize("name", ["q4_0", "q4_1", "uint4-g64", "iq4_nl", "uint4-g64-affine"])
 def test_scales_fitted_to_codes_have_the_least_loss_for_them(name):
     w, _, gram = case()
-    h = gptq.Form.of(gram).h
+    h = Form.of(gram).h
     q = kernels.quantize(w, parse(name))
-    fitted = gptq.refitted(w, q, h)
+    fitted = gptq.refitted(q, (proxy.values(q) - w) @ h, h)
     assert torch.equal(fitted.codes, q.codes)
     best = proxy.loss(w, fitted, h)
     assert (best < proxy.loss(w, q, h)).all()
@@ -58,18 +59,25 @@ def test_scales_fitted_to_codes_have_the_least_loss_for_them(name):
 
 def test_the_factor_is_that_of_the_inverse():
     _, _, gram = case()
-    form = gptq.Form.of(gram)
+    form = Form.of(gram)
     h, lower = form.h[form.order][:, form.order].double(), form.factor.double()
     assert torch.equal(lower, lower.tril())
     assert (h.diagonal().diff() <= 0).all()
     torch.testing.assert_close(lower @ lower.T @ h, torch.eye(len(h)).double(), atol=1e-4, rtol=0)
 
 
+def test_what_is_solved_for_by_the_factor():
+    w, _, gram = case()
+    form = Form.of(gram)
+    torch.testing.assert_close(form.solved(w @ form.h), w, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(form.h, gram + form.damping * torch.eye(len(gram)))
+
+
 def test_inputs_that_were_always_0_and_none_at_all():
     w, x, _ = case()
     x[:, 7] = 0
     for seen in (x, x * 0):
-        q = gptq.quantize(w, parse("int4-g64"), gptq.Form.of(seen.T @ seen / len(seen)))
+        q = gptq.quantize(w, parse("int4-g64"), Form.of(seen.T @ seen / len(seen)))
         assert q.dequantize().isfinite().all()
         assert (q.dequantize() - w).abs().max() < 0.1
 

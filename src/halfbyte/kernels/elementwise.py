@@ -180,8 +180,8 @@ def solve(
     f: Format, w: Tensor, m: Tensor, group: Tensor, scale: Tensor, zero: Tensor | None, codes: Tensor, passes: int
 ) -> None:
     """Codes, uint8 (rows, cols), as proxy.in_order (no passes) or proxy.descend finds them: w float32 (rows, cols),
-    with passes the gradient (q - w) H instead, m (cols, cols), group int32 (cols,), scale and zero (rows, groups), all
-    contiguous."""
+    with passes the gradient (q - w) H instead, which becomes that of the codes found, m (cols, cols), group int32
+    (cols,), scale and zero (rows, groups), all contiguous."""
     _cpu.solve(
         grid=_grid(f), rows=w.shape[0], cols=w.shape[1], groups=scale.shape[1], w=span(w), m=span(m), group=span(group),
         scale=span(scale), zero=None if zero is None else span(zero), codes=span(codes), passes=passes,

@@ -40,12 +40,13 @@ def in_order(w: Tensor, f: Format, p: QParams, factor: Tensor, order: Tensor) ->
     return with_codes(q, codes[:, order.argsort()])
 
 
-def descend(w: Tensor, q: QTensor, h: Tensor, passes: int = 8) -> QTensor:
+def descend(w: Tensor, q: QTensor, h: Tensor, passes: int = 8) -> tuple[QTensor, Tensor]:
     """q with each code moved to the best there is while the row's others stay, columns in turn, until nothing changes
-    or for so many passes: coordinate descent on the proxy loss, which never rises. w (out, in), h float32 (in, in)."""
-    codes = q.codes.clone()
-    _solve(q, (values(q) - w.float()) @ h, h, _groups(q.format, w.shape[1]), codes, passes)
-    return with_codes(q, codes)
+    or for so many passes: coordinate descent on the proxy loss, which never rises. And the loss's gradient there,
+    halved, (q - w) H, float32 (out, in). w (out, in), h float32 (in, in)."""
+    codes, gradient = q.codes.clone(), (values(q) - w.float()) @ h
+    _solve(q, gradient, h, _groups(q.format, w.shape[1]), codes, passes)
+    return with_codes(q, codes), gradient
 
 
 def with_qparams(q: QTensor, p: QParams) -> QTensor:
@@ -121,7 +122,8 @@ def _groups(f: Format, inputs: int) -> Tensor:
 
 
 def _solve(q: QTensor, w: Tensor, m: Tensor, group: Tensor, codes: Tensor, passes: int) -> None:
-    """Writes `codes`. w: with passes over codes that are there, the gradient (q - w) H."""
+    """Writes `codes`. w: with passes over codes that are there, the gradient (q - w) H, which then is that of those
+    found; it is contiguous."""
     out, f = w.shape[0], q.format
     p = q.qparams
     scale, zero = (None if t is None else t.float().reshape(-1) for t in (p.scale, p.zero))
@@ -166,7 +168,7 @@ def _reference(
             w[:, j + 1 :] -= error[:, None] * m[j + 1 :, j]
         return
     held = torch.stack([value(codes[:, j]) for j, (_, value) in enumerate(columns)], 1)
-    gradient = w.clone()
+    gradient = w
     for _ in range(passes):
         before = codes.clone()
         for j, (code, value) in enumerate(columns):

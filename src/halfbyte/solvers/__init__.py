@@ -75,7 +75,8 @@ class Solve(Protocol):
 class Solver:
     """needs_data: whether calibration text is needed; says: what is printed of it. uses: which moments of inputs it
     takes, "squares" (it does without where there are none), "gram" or nothing. outside: the solver of weights outside
-    the blocks, for one that needs data. learns: whether it takes gradients through the block."""
+    the blocks, for one that needs data. learns: whether it takes gradients through the block. in_turn: whether a
+    block's weights are solved one after the other, each on what those before it give as codes; else together."""
 
     name: str
     solve: Solve
@@ -84,6 +85,7 @@ class Solver:
     uses: Literal["", "squares", "gram"] = ""
     outside: str = "gptq"
     learns: bool = False
+    in_turn: bool = False
 
 
 SOLVERS: dict[str, Solver] = {
@@ -91,7 +93,7 @@ SOLVERS: dict[str, Solver] = {
     for s in (
         Solver("rtn", rtn.solve, False, rtn.SAYS, "squares"),
         Solver("hqq", hqq.solve, False, hqq.SAYS),
-        Solver("gptq", gptq.solve, True, gptq.SAYS, "gram"),
+        Solver("gptq", gptq.solve, True, gptq.SAYS, "gram", in_turn=True),
         Solver("autoround", autoround.solve, True, autoround.SAYS, "gram", learns=True),
     )
 }

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from halfbyte.kernels import proxy, second_moments
 from halfbyte.kernels.half import half_products
 from halfbyte.qtensor import QTensor
-
-RIDGE = 0.03  # of the mean of the diagonal of what inputs are told by, added to it
+from halfbyte.solvers.form import Form
 
 
 @dataclass(frozen=True)
@@ -34,24 +33,28 @@ class Part:
             return self.rest + op(self.fed).reshape(self.rest.shape)
 
 
+@contextmanager
+def silent(op: Any) -> Iterator[list[Tensor]]:
+    """Inside, a linear op gives zeros and multiplies nothing. What it was fed, call by call."""
+    fed: list[Tensor] = []
+
+    def forward(x: Tensor) -> Tensor:
+        fed.append(x)
+        return x.new_zeros(*x.shape[:-1], op.weight.shape[0])
+
+    op.forward = forward
+    try:
+        yield fed
+    finally:
+        del op.forward
+
+
 @torch.no_grad()
 def parts(block: nn.Module, inputs: list[Any], op: nn.Module) -> list[Part]:
     """See Part, of each of a block's calls, with its other weights as they now are."""
-    out: list[Part] = []
-    fed: list[Tensor] = []
-
-    def nothing(module: nn.Module, args: Any, y: Tensor) -> Tensor:
-        fed.append(args[0])
-        return torch.zeros_like(y)
-
-    handle = op.register_forward_hook(nothing)
-    try:
-        for call in inputs:
-            rest = call(block)
-            out.append(Part(fed.pop(), rest, call.half))
-    finally:
-        handle.remove()
-    return out
+    with silent(op) as fed:
+        rest = [call(block) for call in inputs]
+    return [Part(x, y, call.half) for x, y, call in zip(fed, rest, inputs, strict=True)]
 
 
 @contextmanager
@@ -70,9 +73,9 @@ def seen_as(ops: Mapping[str, Any], values: Mapping[str, QTensor | Tensor]) -> I
 
 
 @torch.no_grad()
-def missing(left: list[Part], targets: list[Tensor], op: Any) -> tuple[Tensor, Tensor]:
-    """What `regression` is told: sums of x x^T (in, in) of what the closing op is fed, and of e x^T (2, out, in) over
-    either half of the text, e what the block's outputs are short of the targets."""
+def missing(left: list[Part], targets: list[Tensor], op: Any) -> tuple[Form, Tensor]:
+    """What `regression` is told: the form of what the closing op is fed, and the sums of e x^T (2, out, in) over either
+    half of the text, by all of its tokens, where e is what the block's outputs are short of the targets."""
     outs, ins = op.weight.shape
     gram, short = torch.zeros(ins, ins), torch.zeros(2, outs, ins)
     for part, target in zip(left, targets, strict=True):
@@ -82,29 +85,27 @@ def missing(left: list[Part], targets: list[Tensor], op: Any) -> tuple[Tensor, T
             second_moments.add(gram, x)
             for total, e_half, x_half in zip(short, e.tensor_split(2), x.tensor_split(2), strict=True):
                 total.addmm_(e_half.T, x_half)
-    second_moments.mirror(gram)
-    return gram, short
+    tokens = sum(t.shape[:-1].numel() for t in targets)
+    return Form.taking(second_moments.mirror(gram).div_(tokens)), short.div_(tokens)
 
 
 def trusted(left: list[Part], targets: list[Tensor], op: Any) -> float:
     """How much of what a block is short of the targets its closing weight would be trusted to make good."""
-    return regression(*missing(left, targets, op))[1]
+    return regression(*missing(left, targets, op), left[0].half)[1]
 
 
-def regression(gram: Tensor, missing: Tensor) -> tuple[Tensor, float]:
-    """Of what is missing on inputs (2, out, in), its sums with them over either half of the text: (out, in), as much of
-    it as is to be trusted, and how much that is. With a ridge, which leaves float32 enough.
+def regression(form: Form, missing: Tensor, half: bool = False) -> tuple[Tensor, float]:
+    """Of what is missing on inputs (2, out, in), its sums with them over either half of the text, by all of it: (out,
+    in), as much of it as is to be trusted, and how much that is. half: whether products are in bfloat16.
 
     That is by how much what one half says best serves the other, and so what both say, with half the noise, would
     serve. Either half's inputs are taken to have half the form of all, so that one factor does: with h = gram + d and
     c h = m, what the change c that one half asks for costs on the other's inputs, c gram c^T, is c m^T - d c c^T.
     """
-    h = gram.clone()
-    d = second_moments.damp(h, RIDGE)
-    torch.linalg.cholesky(h, out=h)
-    change = torch.cholesky_solve(missing.flatten(0, 1).T, h).T.unflatten(0, missing.shape[:2])
+    with half_products(half):
+        change = form.solved(missing)
     gained = (change * missing.flip(0)).sum().item()
-    spent = ((change * missing).sum() - d * change.square().sum()).item()
-    half = min(1.0, max(0.0, gained / spent)) if spent > 0 else 0.0
-    share = 2 * half / (1 + half)
+    spent = ((change * missing).sum() - form.damping * change.square().sum()).item()
+    agreed = min(1.0, max(0.0, gained / spent)) if spent > 0 else 0.0
+    share = 2 * agreed / (1 + agreed)
     return change.sum(0).mul_(share), share

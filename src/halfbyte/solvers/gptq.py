@@ -5,23 +5,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from halfbyte.formats import Format
-from halfbyte.kernels import proxy, second_moments
+from halfbyte.kernels import proxy
 from halfbyte.qtensor import QParams, QTensor, grid_values
 from halfbyte.solvers import rtn
 from halfbyte.solvers.closing import Part, missing, parts, regression, seen_as
+from halfbyte.solvers.form import Form
 
 SAYS = "GPTQ, then descent on its loss in codes and scales"
-DAMPING = 0.01  # of the mean of H's diagonal, added to it
 _ELEMENTS = 1 << 24  # of the rows that are solved at a time
 _NEAR = 1 << 20  # of a temporary that stays in a cache
-_SMALL = 128  # matrices up to which LAPACK inverts as fast
 _log = logging.getLogger("halfbyte")
 
 
@@ -33,8 +31,9 @@ def solve(
     codes, last = opened(sites)
     if inputs and targets and last is not None:
         site = sites[last]
-        with seen_as({name: s.op for name, s in sites.items()}, codes):
-            site.left.extend(parts(block, inputs, site.op))
+        if not site.left:
+            with seen_as({name: s.op for name, s in sites.items()}, codes):
+                site.left.extend(parts(block, inputs, site.op))
         codes[last], _, _ = closed(site.left, targets, site)
     return codes
 
@@ -62,70 +61,18 @@ def opened(sites: Mapping[str, Any]) -> tuple[dict[str, QTensor], str | None]:
     return out, closing
 
 
+@torch.no_grad()
 def closed(left: list[Part], targets: list[Tensor], site: Any) -> tuple[QTensor, Tensor, float]:
     """Codes of the weight that closes a block, given what is left of its outputs without it, the weight that they were
-    found for, and how much of what is missing that weight is trusted to make good, from 0 to 1."""
-    w, share, form = _better(left, targets, site.op)
-    return quantize(w, site.format, form), w, share
-
-
-@torch.no_grad()
-def _better(left: list[Part], targets: list[Tensor], op: Any) -> tuple[Tensor, float, Form]:
-    """The weight w' of a block's closing op whose outputs bring the block's nearest to the targets, how much of what is
-    missing it is trusted to make good, and the form of its inputs. With e what is missing when it is w,
-    w' = w + a E[e x^T] H^-1: the correction of Qronos (arXiv:2505.11695, equation 7) for what a whole block is fed and
-    loses, as far as it is found on other text too. What tells it is let go before codes are found."""
-    gram, short = missing(left, targets, op)
-    w = op.weight.value()
-    change, share = regression(gram, short)
+    found for, and how much of what is missing that weight is trusted to make good, from 0 to 1. With e what is missing
+    when it is w, they are found for w' = w + a E[e x^T] H^-1: the correction of Qronos (arXiv:2505.11695, equation 7)
+    for what a whole block is fed and loses, as far as it is found on other text too."""
+    form, short = missing(left, targets, site.op)
+    w = site.op.weight.value()
+    change, share = regression(form, short, left[0].half)
     better = (w + change).to(w.dtype)
-    del change, short
-    return better, share, Form.taking(gram.div_(sum(t.shape[:-1].numel() for t in targets)))
-
-
-@dataclass(frozen=True)
-class Form:
-    """A loss's quadratic form. h: float32 (in, in), with damping on its diagonal, and 1 there for an input that was
-    always 0. order: (in,), of columns, the largest of the diagonal first. factor: float32 (in, in), lower, L with
-    L L^T = H^-1, both in that order."""
-
-    h: Tensor
-    order: Tensor
-    factor: Tensor
-
-    @classmethod
-    def of(cls, gram: Tensor) -> Form:
-        """Of the mean of x x^T, (in, in)."""
-        return cls.taking(gram.float().clone())
-
-    @classmethod
-    def taking(cls, h: Tensor) -> Form:
-        """Of the mean of x x^T, float32 (in, in), which becomes the form's own: one matrix less to hold."""
-        second_moments.damp(h, DAMPING)
-        order = h.diagonal().argsort(descending=True)
-        return cls(h, order, _factor(h, order))
-
-
-def _factor(h: Tensor, order: Tensor) -> Tensor:
-    """See Form. With R the other way round R H R = C C^T, so that L = R C^-T R: H is not inverted. Damping leaves
-    float32 enough: what codes lose is what they lose by float64, to 1e-3 of it."""
-    backward = order.flip(0)
-    c = h[backward[:, None], backward]
-    torch.linalg.cholesky(c, out=c)
-    _invert(c)
-    return c.T.flip(0, 1).contiguous()
-
-
-def _invert(lower: Tensor) -> None:
-    """In place. By halves, so that most of it are products of matrices: half the time of solving for the identity."""
-    n = len(lower)
-    if n <= _SMALL:
-        lower.copy_(torch.linalg.solve_triangular(lower, torch.eye(n, dtype=lower.dtype), upper=False))
-        return
-    left, right = slice(n // 2), slice(n // 2, n)
-    _invert(lower[left, left])
-    _invert(lower[right, right])
-    lower[right, left] = -lower[right, right] @ (lower[right, left] @ lower[left, left])
+    del change, short  # before codes are found
+    return quantize(better, site.format, form), better, share
 
 
 def quantize(w: Tensor, f: Format, form: Form) -> QTensor:
@@ -137,8 +84,8 @@ def quantize(w: Tensor, f: Format, form: Form) -> QTensor:
 def _quantize(w: Tensor, f: Format, form: Form) -> QTensor:
     p = rtn.weighed(w, f, form.h.diagonal())
     q = proxy.in_order(w, f, p, form.factor, form.order)
-    q = proxy.descend(w, q, form.h)
-    return proxy.descend(w, refitted(w, q, form.h), form.h) if fits(f) else q
+    q, gradient = proxy.descend(w, q, form.h)
+    return proxy.descend(w, refitted(q, gradient, form.h), form.h)[0] if fits(f) else q
 
 
 def fits(f: Format) -> bool:
@@ -146,9 +93,8 @@ def fits(f: Format) -> bool:
     return not isinstance(f.scale, Format) and f.scale != "float8_e8m0fnu" and f.group != "tensor" and not f.flat
 
 
-def refitted(w: Tensor, q: QTensor, h: Tensor) -> QTensor:
-    """q with the scales (and zeros that are added) that have the least loss for its codes: of every row the solution
-    of as many linear equations as it has groups."""
+def refitted(q: QTensor, gradient: Tensor, h: Tensor) -> QTensor:
+    """q with the scales (and zeros that are added) that have the least loss for its codes. gradient: (q - w) H."""
     f, (out, inputs) = q.format, q.shape
     p = q.qparams
     groups = p.scale.shape[-1]
@@ -156,17 +102,19 @@ def refitted(w: Tensor, q: QTensor, h: Tensor) -> QTensor:
     v = grid_values(q.codes.reshape(out * groups, -1), f, integer).reshape(out, groups, -1)
     added = p.zero is not None and integer is None
     step = max(1, _NEAR // max(inputs, ((1 + added) * groups) ** 2))
-    found = torch.cat([_least_squares(w[i : i + step].float(), v[i : i + step], added, h) for i in range(0, out, step)])
-    scale = torch.where(found[:, 0].isfinite() & (found[:, 0] != 0), found[:, 0], p.scale)
-    return proxy.with_qparams(q, QParams(scale, found[:, 1] if added else p.zero))
+    less = torch.cat([_least_squares(gradient[i : i + step], v[i : i + step], added, h) for i in range(0, out, step)])
+    less.nan_to_num_(0, 0, 0)
+    scale = p.scale - less[:, 0]
+    zero = p.zero - less[:, 1] if added and p.zero is not None else p.zero
+    return proxy.with_qparams(q, QParams(torch.where(scale == 0, p.scale, scale), zero))
 
 
-def _least_squares(w: Tensor, v: Tensor, added: bool, h: Tensor) -> Tensor:
-    """Scales, and zeros that are added, of rows w (rows, in), whose grid values are v (rows, groups, n):
-    (rows, 1 or 2, groups).
+def _least_squares(gradient: Tensor, v: Tensor, added: bool, h: Tensor) -> Tensor:
+    """How much less scales, and zeros that are added, are of rows with a gradient (rows, in), whose grid values are v
+    (rows, groups, n): (rows, 1 or 2, groups).
 
-    A row is a sum of k vectors, each group's grid values (and its ones) with 0 elsewhere, times what is sought; their
-    products through H are the equations.
+    A row is a sum of k vectors, each group's grid values (and its ones) with 0 elsewhere, times what is sought. With
+    their products through H, A, and those of the gradient with each, b, a step x changes the loss by x A x - 2 x b.
     """
     rows, groups, n = v.shape
     basis = [v, torch.ones_like(v)] if added else [v]
@@ -180,8 +128,7 @@ def _least_squares(w: Tensor, v: Tensor, added: bool, h: Tensor) -> Tensor:
                 products = (seen * other[:, g:]).sum(-1)
                 a[:, i, g, j, g:] = products
                 a[:, j, g:, i, g] = products
-    wanted = (w @ h).reshape(rows, groups, n)
-    b = torch.cat([(wanted * part).sum(-1) for part in basis], 1).double()
+    b = torch.cat([(gradient.reshape(rows, groups, n) * part).sum(-1) for part in basis], 1).double()
     a = a.reshape(rows, k, k)
     diagonal = a.diagonal(dim1=1, dim2=2)
     diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + 1e-30  # groups of zeros alone
