@@ -1,4 +1,4 @@
-"""What blocks are given, and which op of a block closes it."""
+"""What blocks are given, and which ops of a block close it."""
 
 import pytest
 import torch
@@ -7,7 +7,14 @@ from halfbyte import data, feed, models
 from halfbyte.layers import ops
 from miniatures import folder, tokenizer
 
-CLOSING = {"llama": "mlp.down_proj", "gpt2": "mlp.c_proj", "neox": "mlp.dense_4h_to_h", "opt": "fc2", "gemma3": None}
+ENDS = {
+    "llama": ["self_attn.o_proj", "mlp.down_proj"],
+    "gpt2": ["attn.c_proj", "mlp.c_proj"],
+    "neox": ["attention.dense", "mlp.dense_4h_to_h"],  # beside each other
+    "opt": ["self_attn.out_proj", "fc2"],
+    "gemma3": [],
+    "mixtral": [],  # experts are used by some tokens each
+}
 
 
 def given(tmp_path, name):
@@ -18,17 +25,17 @@ def given(tmp_path, name):
     return block, feed.Feed(model, [block], list(data.eval_batches(rows, 1, 0)))
 
 
-@pytest.mark.parametrize("name", CLOSING)
-def test_which_op_of_a_block_closes_it(tmp_path, name):
-    assert given(tmp_path, name)[1].closing(0) == CLOSING[name]
+@pytest.mark.parametrize("name", ENDS)
+def test_which_ops_of_a_block_add_to_what_it_is_fed(tmp_path, name):
+    assert given(tmp_path, name)[1].ends(0) == ENDS[name]
 
 
-@pytest.mark.parametrize("name", [n for n, last in CLOSING.items() if last])
+@pytest.mark.parametrize("name", [n for n, ends in ENDS.items() if ends])
 def test_up_to_the_op_that_closes_it_a_block_feeds_all_others_as_ever(tmp_path, name):
     block, fed = given(tmp_path, name)
     inside = dict(ops(block))
-    last = inside[CLOSING[name]]
-    others = [n for n in inside if n != CLOSING[name]]
+    last = inside[ENDS[name][-1]]
+    others = [n for n in inside if n != ENDS[name][-1]]
     found = []
     for run in (lambda: fed.run(0), lambda: fed.until(0, last)):
         with feed.watching(inside, others, "gram") as seen:

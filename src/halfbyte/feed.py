@@ -34,7 +34,7 @@ class Feed:
     def __init__(self, model: nn.Module, blocks: list[nn.Module], batches: list[Batch]) -> None:
         self._model, self._blocks, self._batches = model, blocks, batches
         self.half = False
-        self._closing: dict[tuple[Any, ...], str | None] = {}
+        self._ends: dict[tuple[Any, ...], list[str]] = {}
         self._calls: list[list[Call]] = [[] for _ in blocks]
         self._width = self._outputs()
         with self._empty(self._note):
@@ -78,35 +78,44 @@ class Feed:
     def _on(self, i: int, states: list[Tensor]) -> list[Call]:
         return [replace(call, x=x, half=self.half) for call, x in zip(self._calls[i], states, strict=True)]
 
-    def closing(self, i: int) -> str | None:
-        """Of block i's ops the one that is used last, by its name inside the block, if adding to what it gives adds as
-        much to what the block gives. None otherwise, as where a norm follows. Of blocks built alike, one is tried."""
+    def ends(self, i: int) -> list[str]:
+        """Of block i's ops, by their names inside it, the one that is used last, if adding to what it gives adds as
+        much to what the block gives; before it the one that, with it, gives all that the block adds to what it is fed,
+        if there is one. Empty where a norm follows. Of blocks built alike, one is tried."""
         built = tuple((name, type(m)) for name, m in self._blocks[i].named_modules())
-        if built not in self._closing:
-            self._closing[built] = self._tried(self._blocks[i], self.calls(i)[0])
-        return self._closing[built]
+        if built not in self._ends:
+            self._ends[built] = self._tried(self._blocks[i], self.calls(i)[0])
+        return self._ends[built]
 
     @torch.no_grad()
-    def _tried(self, block: nn.Module, call: Call) -> str | None:
-        inside, used = dict(ops(block)), []
-        hooks = [op.register_forward_pre_hook(lambda m, args, n=name: used.append(n)) for name, op in inside.items()]
-        try:
+    def _tried(self, block: nn.Module, call: Call) -> list[str]:
+        inside, gave = dict(ops(block)), {}
+
+        def keep(name: str, module: nn.Module, args: Any, out: Any) -> None:
+            gave.pop(name, None)  # as it was used last
+            gave[name] = out
+
+        with ExitStack() as stack:
+            for name, op in inside.items():
+                stack.callback(op.register_forward_hook(partial(keep, name)).remove)
             y = call(block)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if not used:
-            return None
+        if not gave:
+            return []
+        *_, last = gave
 
         def more(module: nn.Module, args: Any, out: Any) -> Tensor:
             return out + y.reshape(out.shape) if out.numel() == y.numel() else out
 
-        handle = inside[used[-1]].register_forward_hook(more)
+        handle = inside[last].register_forward_hook(more)
         try:
             doubled = call(block)
         finally:
             handle.remove()
-        return used[-1] if (doubled - 2 * y).norm() < 0.05 * y.norm() else None
+        if not _near(doubled - y, y):
+            return []
+        left = y - call.x - gave[last].reshape(y.shape)
+        alike = (n for n, out in gave.items() if n != last and out.numel() == y.numel())
+        return [*[n for n in alike if _near(gave[n].reshape(y.shape), left)][:1], last]
 
     def rest(self) -> None:
         """Runs what comes after the last block, on the present states, which are its outputs."""
@@ -159,6 +168,10 @@ class Feed:
         finally:
             for block in self._blocks:
                 del block.forward
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).norm() < 0.05 * b.norm())
 
 
 class _Seen:

@@ -29,9 +29,9 @@ class Moments:
 @dataclass(frozen=True)
 class Site:
     """A weight to be quantized: the op that uses it, into which format, and what is known of its inputs. closes:
-    whether it is the last of its block and what it gives is added to what the block gives, so that it can make good
-    what was lost before it; of its inputs nothing is known beforehand: they come from the codes of the others. left:
-    where that solver found its codes last, the block's outputs without it, so that nothing else need run again."""
+    whether what it gives is added to what the block is, so that it can make good what was lost before it; of its inputs
+    nothing is known beforehand: they come from the codes of the others. left: what the block is without it, once those
+    before it have their codes, where that is known already."""
 
     op: Op
     format: Format
@@ -59,8 +59,10 @@ class Call:
 
 class Solve(Protocol):
     """block: a module whose ops are float. inputs: how it is called on calibration data, a list over batches; targets:
-    what it gives in the float model, whose blocks before it are float too, (batch, tokens, width). Both None where
-    there is no text, or no block: weights outside the blocks are solved together. Sites by op's name."""
+    what it gives in the float model, whose blocks before it are float too, (batch, tokens, width), or, where a site
+    closes that is not the last to add to it, what it is there. Both None where there is no text, or no block: weights
+    outside the blocks are solved together; and for those that are solved in turn by their moments. Sites by op's
+    name."""
 
     def __call__(
         self,

@@ -1,10 +1,10 @@
-"""The weight that closes a block: it makes good what the block is fed short and loses before it. What runs before it
-runs once for all that is asked of it."""
+"""A weight whose outputs are added to what a block is: it makes good what the block is fed short and loses before it.
+What runs before it runs once for all that is asked of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,8 @@ from halfbyte.solvers.form import Form
 
 @dataclass(frozen=True)
 class Part:
-    """A block's outputs as they are without its closing op. fed: what that op is fed, (..., in); rest: what the block
-    gives where that op adds nothing, (batch, tokens, width). half: see Call."""
+    """What a block is without an op that adds to it, on one call. fed: what that op is fed, (..., in); rest: what the
+    block gives where that op adds nothing, or what there is to be added to, (batch, tokens, width). half: see Call."""
 
     fed: Tensor
     rest: Tensor
@@ -47,6 +47,16 @@ def silent(op: Any) -> Iterator[list[Tensor]]:
         yield fed
     finally:
         del op.forward
+
+
+@contextmanager
+def adding(ops: list[Any]) -> Iterator[list[list[Tensor]]]:
+    """What each of the ops gives inside, call by call."""
+    gave: list[list[Tensor]] = [[] for _ in ops]
+    with ExitStack() as stack:
+        for op, kept in zip(ops, gave, strict=True):
+            stack.callback(op.register_forward_hook(lambda m, args, y, kept=kept: kept.append(y)).remove)
+        yield gave
 
 
 @torch.no_grad()
