@@ -85,8 +85,11 @@ class Block:
             sites = self._sites(ends)
             if self.solver.in_turn:
                 turns = Turns(self.module, calls, {n: self.ops[n] for n in sites}, order)
-                stream = [[x + y.reshape(x.shape) for x, y in zip(feed.floats, ys, strict=True)] for ys in added]
-                codes = self._in_turn(turns, dict(zip(ends, [*stream, given], strict=True)), sites)
+                streams = {
+                    n: [x + y.reshape(x.shape) for x, y in zip(feed.floats, ys, strict=True)]
+                    for n, ys in zip(ends[:-1], added, strict=True)
+                }
+                codes = self._in_turn(turns, streams | ({closing: given} if closing else {}), sites)
             else:
                 known = self.watched(lambda: feed.until(self.i, self.ops.get(closing or "")))
                 codes = self.solver.solve(self.module, calls, given, _told(sites, known))
