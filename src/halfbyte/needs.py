@@ -56,8 +56,8 @@ def _held(part: list[Entry], solver: Solver, rows: int, length: int) -> int:
     fed = {(e.name.rsplit(".", 2)[0], e.shape[-1]) for e in made}  # weights side by side are fed the same
     held += sum(e.bytes_before for e in made)  # what the codes stand for, while the block's last weight is found
     held += sum(n * n for _, n in fed) * _FLOAT
-    # of the float model, of the quantized one, what comes next; what the block's own floats give, and the middle
-    states = (5 if solver.learns else 3) * rows * length * min(inputs) * _FLOAT
+    # of the float model, of the quantized one, what comes next; what the block is midway, in the one and in the other
+    states = 5 * rows * length * min(inputs) * _FLOAT
     passing = calibrate.TOGETHER * length * sum(outputs) * _FLOAT
     n = max(inputs)
     solving = n * n * _FORM + 2 * largest
