@@ -132,6 +132,7 @@ class Block:
                         last = fed
                     elif n in ends:
                         found |= ended(n, fed, [call.x for call in turns.calls])
+                        sites[n].left.clear()  # what comes needs the memory
                 stack.enter_context(seen_as(self.ops, found))
                 codes |= found
         codes |= self._solved({n: site for n, site in sites.items() if n not in codes and n != closing}, {})
