@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from halfbyte import calibrate, data, models
+from halfbyte import InputError, calibrate, data, models
 from halfbyte.formats import parse
 from halfbyte.kernels import half
 from halfbyte.layers import ops
@@ -63,6 +63,26 @@ def test_weights_have_their_turn_and_what_adds_to_the_block_is_told_what_it_is_w
             torch.testing.assert_close(left[k].rest, codes[i][0][k])
             torch.testing.assert_close(last[k].rest, codes[i][1][k])
     assert all((m is None) == closes for _, sites in told for closes, m, _ in sites.values())
+
+
+def test_what_a_solver_raises_leaves_the_floats_and_no_hooks(tmp_path):
+    model = models.load(folder(tmp_path / "m", "llama")).model
+    wanted = {n: INT4 for n, _ in ops(model) if ".layers." in n}
+    floats = {n: op.weight.value().clone() for n, op in ops(model)}
+
+    def solve(block, inputs, targets, sites):
+        if any("gate_proj" in n for n in sites):
+            raise InputError("not this one")
+        return gptq.solve(block, inputs, targets, sites)
+
+    with pytest.raises(InputError, match="not this one") as held:  # which holds all frames
+        calibrate.freeze(model, wanted, Solver("watch", solve, True, "", "gram", in_turn=True), batches())
+    assert held
+    for n, op in ops(model):
+        assert not op._forward_pre_hooks
+        assert not op._forward_hooks
+        assert "forward" not in vars(op)
+        assert torch.equal(op.weight.value(), floats[n])
 
 
 def lost(model, before):

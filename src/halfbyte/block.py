@@ -123,7 +123,9 @@ class Block:
         with ExitStack() as stack:
             if closing is not None:
                 stack.enter_context(silent(self.ops[closing]))
-            for names, fed in turns:
+            running = iter(turns)
+            stack.callback(running.close)  # now, where a solver raises, and not when it is collected
+            for names, fed in running:
                 now = {n: sites[n] for n in names if n not in ends}
                 told = moments_of(fed, self.solver.uses, turns.half) if now else None
                 found = self._solved(now, dict.fromkeys(now, told)) if told else {}

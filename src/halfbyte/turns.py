@@ -3,7 +3,7 @@ solved on what those before it in the block give as codes, and the block runs on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -54,7 +54,7 @@ class Turns:
     def half(self) -> bool:
         return self.calls[0].half
 
-    def __iter__(self) -> Iterator[tuple[list[str], list[Tensor]]]:
+    def __iter__(self) -> Generator[tuple[list[str], list[Tensor]]]:
         """The names of ops, and what they are fed by the calls that use them, in the calls' order: once each, and only
         then are they run, with the weights that they have when the next is asked for."""
         at = {name: (i, names) for i, names in enumerate(self.order) for name in names}
