@@ -197,6 +197,14 @@ def test_static_inputs_without_text_or_a_known_search(refused, tiny_llama, tiny_
     refused("train", tiny_llama, "--method", "qlora", *step, words="needs --calibration FILE")
 
 
+def test_quantize_says_what_is_wrong_with_its_text_before_it_reads_the_model(refused, tiny_llama, tmp_path, out):
+    (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n{"txet": "two"}\n')
+    for file, words in (("none.jsonl", "none.jsonl"), ("bad.jsonl", ("bad.jsonl, line 2", "txet"))):
+        said = refused("quantize", tiny_llama, "--to", "W4A16", "--solver", "gptq", "--calibration", tmp_path / file,
+                       "-o", out, words=words)  # fmt: skip
+        assert len(said.splitlines()) == 1  # no plan
+
+
 def test_unknown_names(refused, training, tiny_llama, out):
     refused("quantize", tiny_llama, "--to", "W8A16", "--solver", "gptp", "-o", out, words=("gptp", "rtn"))
     refused("quantize", tiny_llama, "--to", "W8A16", "--dtype", "int8", "-o", out, words=("int8", "bfloat16"))

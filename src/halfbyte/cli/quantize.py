@@ -75,6 +75,7 @@ def command(
     """Quantize a model after training: into a folder, or a file such as OUT.gguf."""
     from halfbyte import export, solvers
     from halfbyte.cli.target import Target, choose, wanted
+    from halfbyte.data import read_records
     from halfbyte.folders import FILES, begin, check_free, disk_bytes, finished
     from halfbyte.scheme import to_scheme
     from halfbyte.transforms import check_untie
@@ -87,6 +88,8 @@ def command(
     target = Target(target_bits, target_size, max_kl, formats, data)
     targeted = wanted(to, target)
     check_free(output, overwrite, model, calibration, imatrix, data)
+    if calibration not in (None, "none", "self"):
+        read_records(calibration)  # what is wrong with it is said before the model is read
     text: dict[str, Any] = {"calibration": calibration, "samples": samples, "max_length": max_length}
     chosen, form = None, to
     if targeted:
