@@ -12,6 +12,7 @@ ENDS = {
     "gpt2": ["attn.c_proj", "mlp.c_proj"],
     "neox": ["attention.dense", "mlp.dense_4h_to_h"],  # beside each other
     "opt": ["self_attn.out_proj", "fc2"],
+    "falcon": ["self_attention.dense", "mlp.dense_4h_to_h"],  # added up in place
     "gemma3": [],
     "mixtral": [],  # experts are used by some tokens each
 }

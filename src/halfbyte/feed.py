@@ -93,7 +93,7 @@ class Feed:
 
         def keep(name: str, module: nn.Module, args: Any, out: Any) -> None:
             gave.pop(name, None)  # as it was used last
-            gave[name] = out
+            gave[name] = out.clone()  # some models add to it in place
 
         with ExitStack() as stack:
             for name, op in inside.items():

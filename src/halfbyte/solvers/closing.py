@@ -51,11 +51,11 @@ def silent(op: Any) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def adding(ops: list[Any]) -> Iterator[list[list[Tensor]]]:
-    """What each of the ops gives inside, call by call."""
+    """What each of the ops gives inside, call by call, whatever is added to it in place."""
     gave: list[list[Tensor]] = [[] for _ in ops]
     with ExitStack() as stack:
         for op, kept in zip(ops, gave, strict=True):
-            stack.callback(op.register_forward_hook(lambda m, args, y, kept=kept: kept.append(y)).remove)
+            stack.callback(op.register_forward_hook(lambda m, args, y, kept=kept: kept.append(y.clone())).remove)
         yield gave
 
 
