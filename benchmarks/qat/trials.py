@@ -188,8 +188,8 @@ def domain(setting: Setting, asked: Asked) -> Iterator[dict]:
         Trial("qat", "qat", 2e-4, "W8A8"),
         Trial("qat", "qat", 4e-4, W4),
         *READY,
-        Trial("autoround, qat", "qat", 4e-4, W4, "autoround", more={"scale_lr_ratio": 0.1}),
-        Trial("autoround, qat, a zero", "qat", 4e-4, W4_ZERO, "autoround", more={"scale_lr_ratio": 0.1}),
+        Trial("autoround, qat", "qat", 2e-4, W4, "autoround", more={"scale_lr_ratio": 0.1}),
+        Trial("autoround, qat, a zero", "qat", 2e-4, W4_ZERO, "autoround", more={"scale_lr_ratio": 0.1}),
     )
     for t in chosen(trials, asked):
         found = trained(setting, t, asked)

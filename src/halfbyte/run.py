@@ -178,9 +178,10 @@ class Run:
         if not sites:
             return
         rounded, own = any(e.input for e in entries if e.after is not None), models.own_container(self.loaded)
-        container_for(sites, own, rounded)
+        dtypes = {self.model.dtype}
+        container_for(sites, own, rounded, dtypes)
         try:
-            container_for({**sites, **kept}, own, rounded)
+            container_for({**sites, **kept}, own, rounded, dtypes)
         except InputError:
             shown = ", ".join(f"{n} ({f.name})" for n, (f, _) in list(kept.items())[:3])
             raise InputError(

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from halfbyte import InputError, kernels, models
+from halfbyte.containers import CONTAINERS, container_for
 from halfbyte.containers import compressed_tensors as container
-from halfbyte.containers import container_for
 from halfbyte.formats import FORMATS, parse
 from halfbyte.layers import Codes, ops
 from halfbyte.scheme import scheme
@@ -192,6 +192,17 @@ def test_roles_without_a_place_are_refused(role):
     assert role in container.refuses(FORMATS["int4-g32"], role)
     with pytest.raises(InputError, match=rf"(?s)wte.*{role}"):
         container_for({"wte": (FORMATS["int4-g32"], role)})
+
+
+def test_scales_that_a_layout_would_round_are_told_before_they_are_found():
+    """GPTQ's keeps float16; GPT-2's Conv1D has no other."""
+    sites = {"h.0.mlp.c_fc": (FORMATS["int4-g32"], "conv1d")}
+    with pytest.raises(InputError, match=r"scales in float16, not in float32: add --dtype float16"):
+        container_for(sites, dtypes={torch.float32})
+    assert container_for(sites, dtypes={torch.bfloat16}).METHOD == "gptq"
+    own = CONTAINERS["gptq"]
+    assert container_for({"q": (FORMATS["int4-g32"], "linear")}, own, dtypes={torch.float32}).METHOD != "gptq"
+    assert container_for({"q": (FORMATS["int4-g32"], "linear")}, own, dtypes={torch.float16}).METHOD == "gptq"
 
 
 def test_zero_points_that_are_added_go_into_mlxs_layout():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from halfbyte.containers import awq, bitsandbytes, compressed_tensors, gptq, mlx
@@ -20,6 +21,7 @@ class Container(Protocol):
 
     METHOD: str  # config.json's quantization_config.quant_method
     READER: str  # who reads it, for messages
+    FLOATS: tuple[torch.dtype, ...]  # of a model, whose scales it keeps as they are
 
     def refuses(self, f: Format, role: str) -> str | None:
         """Why a weight of this format and role (see scheme.py) cannot be held; None if it can."""
@@ -56,16 +58,21 @@ DEFAULTS = (compressed_tensors, bitsandbytes, gptq)
 
 
 def container_for(
-    sites: Mapping[str, tuple[Format, str]], first: Container | None = None, rounded: bool = False
+    sites: Mapping[str, tuple[Format, str]],
+    first: Container | None = None,
+    rounded: bool = False,
+    dtypes: Collection[torch.dtype] = (),
 ) -> Container:
     """The first container that holds all of these (module -> format, role): `first`, then those of DEFAULTS, then MLX's
     where zero points are added, which no other has. rounded: whether inputs are rounded, which compressed-tensors
-    alone holds. Raises InputError with each one's reason if none does."""
+    alone holds. dtypes: what the weights were. Raises InputError with each one's reason if none does."""
     reasons = []
     own = [mlx] if any(f.zero == SOURCE for f, _ in sites.values()) else []
     able = [compressed_tensors] if rounded else [*([first] if first else []), *DEFAULTS, *own]
     for c in dict.fromkeys(c.METHOD for c in able):  # pyright: ignore
         why = next((f"{name}: {w}" for name, (f, role) in sites.items() if (w := CONTAINERS[c].refuses(f, role))), None)
+        if why is None and (wide := next((d for d in dtypes if d not in CONTAINERS[c].FLOATS), None)):
+            why = f"it keeps scales in float16, not in {str(wide).removeprefix('torch.')}: add --dtype float16"
         if why is None:
             return CONTAINERS[c]
         reasons.append(f"{c} ({why})")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 METHOD = "awq"
 READER = "AutoAWQ, vLLM"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _PLACE = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # where output 0, 1, 2 ... of eight lies in its word
 
 
@@ -68,8 +69,7 @@ def decode(name: str, f: Format, shape: tuple[int, ...], get: Get, config: Mappi
     (rows, cols), groups = shape, f.groups(shape)[1]
     words = typed(f"{name}.qweight", get(f"{name}.qweight"), (torch.int32,), (cols, rows // 8))
     zeros = typed(f"{name}.qzeros", get(f"{name}.qzeros"), (torch.int32,), (groups, rows // 8))
-    floats = (torch.float16, torch.bfloat16, torch.float32)
-    scale = typed(f"{name}.scales", get(f"{name}.scales"), floats, (groups, rows))
+    scale = typed(f"{name}.scales", get(f"{name}.scales"), FLOATS, (groups, rows))
     parts: dict[str, Tensor | QTensor] = {
         "codes": pack(_outputs(words, rows).T.contiguous(), 4),
         "scale": scale.T.contiguous(),

@@ -34,6 +34,7 @@ READER = "transformers + bitsandbytes"
 _TYPES = {"nf4": "nf4", "fp4": "fp4-bnb"}  # bitsandbytes' name of a grid: ours
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+FLOATS = tuple(_DTYPES.values())
 _STATE = ".weight.quant_state.bitsandbytes__"
 _INT8 = FORMATS["int8-bnb"]
 

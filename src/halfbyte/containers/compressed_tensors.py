@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 METHOD = "compressed-tensors"
 READER = "transformers with compressed-tensors (0.15 to 0.17.1), vLLM"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def refuses(f: Format, role: str) -> str | None:
@@ -205,7 +206,7 @@ def decode(name: str, f: Format, shape: tuple[int, ...], get: Get, config: Mappi
     if fp4.holds(f):
         return fp4.decode(name, f, shape, get)
     scale, groups = get(f"{name}.weight_scale"), f.groups(shape)
-    if _squeezed(tuple(scale.shape)) != _squeezed(groups) or scale.dtype not in _SCALES:
+    if _squeezed(tuple(scale.shape)) != _squeezed(groups) or scale.dtype not in FLOATS:
         raise InputError(
             f"{name}.weight_scale: {f.name} needs floats of the shape {groups}, not {tuple(scale.shape)} {scale.dtype}."
         )
@@ -223,7 +224,7 @@ def decode_input(name: str, f: Format, get: Get) -> QParams:
     """What the inputs of module `name` are rounded by to a static format, each (1,): the scale in its own dtype. Raises
     InputError for what is missing or no such number."""
     scale = get(f"{name}.input_scale")
-    if scale.numel() != 1 or scale.dtype not in _SCALES or not 0 < scale.item() < torch.inf:
+    if scale.numel() != 1 or scale.dtype not in FLOATS or not 0 < scale.item() < torch.inf:
         raise InputError(f"{name}.input_scale should be one positive float.")
     if not f.zero:
         return QParams(scale.reshape(1))
@@ -231,9 +232,6 @@ def decode_input(name: str, f: Format, get: Get) -> QParams:
     if zero.numel() != 1 or zero.dtype != torch.int8:
         raise InputError(f"{name}.input_zero_point should be one int8.")
     return QParams(scale.reshape(1), zero.reshape(1).float() + (1 << (f.bits - 1)))
-
-
-_SCALES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:

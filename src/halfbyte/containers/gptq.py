@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 METHOD = "gptq"
 READER = "GPTQModel, vLLM"
+FLOATS = (torch.float16, torch.bfloat16)  # of bfloat16, all but scales that are very large or small
 _BITS = (2, 4, 8)
 _SCALES = (torch.float16, torch.bfloat16, torch.float32)
 

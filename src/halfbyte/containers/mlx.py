@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 METHOD = "mlx"
 READER = "mlx-lm"
 _BITS, _GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def refuses(f: Format, role: str) -> str | None:
@@ -92,7 +92,7 @@ def decode(name: str, f: Format, shape: tuple[int, ...], get: Get, config: Mappi
     """See Container."""
     groups = f.groups(shape)
     words = typed(f"{name}.weight", get(f"{name}.weight"), (torch.uint32,), (shape[0], shape[1] * f.bits // 32))
-    scale = typed(f"{name}.scales", get(f"{name}.scales"), _FLOATS, groups)
+    scale = typed(f"{name}.scales", get(f"{name}.scales"), FLOATS, groups)
     bias = typed(f"{name}.biases", get(f"{name}.biases"), (scale.dtype,), groups)
     parts: dict[str, Tensor | QTensor] = {"codes": words.contiguous().view(torch.uint8), "scale": scale, "zero": bias}
     return check_parts(QTensor(f, shape, scale.dtype, parts))

@@ -156,8 +156,9 @@ def save(
         named = dict(ops(model))
         inputs = {n: getattr(named[n], "input", None) for n in sites}
         container = container or container_for(
-            {n: (q.format, role[n]) for n, q in sites.items()}, own_container(loaded), any(inputs.values())
-        )
+            {n: (q.format, role[n]) for n, q in sites.items()}, own_container(loaded), any(inputs.values()),
+            {q.dtype for q in sites.values()},
+        )  # fmt: skip
         kept = [n for n, op in ops(model) if n not in sites and isinstance(op, Linear)]
         # by both of its names: transformers goes by that in memory, others, as we do, by that in the folder
         both = {n: dict.fromkeys((n, names.stored(f"{n}.weight").removesuffix(".weight"))) for n in (*sites, *kept)}
