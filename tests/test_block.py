@@ -65,6 +65,17 @@ def test_weights_have_their_turn_and_what_adds_to_the_block_is_told_what_it_is_w
     assert all((m is None) == closes for _, sites in told for closes, m, _ in sites.values())
 
 
+@pytest.mark.parametrize("kept", ["self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"])
+def test_what_stays_a_float_beside_weights_that_are_solved(tmp_path, kept):
+    model = models.load(folder(tmp_path / "m", "llama")).model
+    before = {n: op.weight.value().clone() for n, op in ops(model)}
+    wanted = {n: INT4 for n, _ in ops(model) if ".layers." in n and not n.endswith(kept)}
+    calibrate.freeze(model, wanted, calibrate.SOLVERS["gptq"], batches())
+    for n, op in ops(model):
+        assert (op.weight.format == INT4) == (n in wanted)
+        assert n in wanted or torch.equal(op.weight.value(), before[n])
+
+
 def test_what_a_solver_raises_leaves_the_floats_and_no_hooks(tmp_path):
     model = models.load(folder(tmp_path / "m", "llama")).model
     wanted = {n: INT4 for n, _ in ops(model) if ".layers." in n}

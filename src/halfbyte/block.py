@@ -76,15 +76,15 @@ class Block:
     def held(self, feed: Feed) -> None:
         """Makes codes, against what the block gives in the float model; the states go on."""
         feed.half = few_bits(self.formats.values(), feed.states[0].dtype)
-        ends = self._ends(feed)
-        with together(self.ops) as order, adding([self.ops[n] for n in ends[:-1]]) as added:
+        ends, solved = self._ends(feed), {n: self.ops[n] for n in self.formats}
+        with together(solved) as order, adding([self.ops[n] for n in ends[:-1]]) as added:
             given = feed.targets(self.i)
         codes, left = self.store.found(self.prefix, self.formats), []
         calls, closing = feed.calls(self.i), ends[-1] if ends else None
         if codes is None:
             sites = self._sites(ends)
             if self.solver.in_turn:
-                turns = Turns(self.module, calls, {n: self.ops[n] for n in sites}, order)
+                turns = Turns(self.module, calls, solved, order)
                 streams = {
                     n: [x + y.reshape(x.shape) for x, y in zip(feed.floats, ys, strict=True)]
                     for n, ys in zip(ends[:-1], added, strict=True)
