@@ -52,7 +52,8 @@ AT_4_BITS = (
     Ours(f"uint4-g{GROUP}-affine", "gptq"), Ours(f"uint4-g{GROUP}-affine", "autoround", rows=64),
     Ours(f"int4-g{GROUP}", "autoround", rows=256),
     Ours(f"int4-g{GROUP}", "gptq", rows=64), Ours(f"int4-g{GROUP}", "gptq", rows=256),
-    Ours(f"int4-g{GROUP}", "gptq", ("hadamard",)), Ours(f"int4-g{GROUP}", "gptq", ("hadamard",), rows=256), Peer("bitsandbytes", 4), Peer("plain", 4),
+    Ours(f"int4-g{GROUP}", "gptq", ("hadamard",)), Ours(f"int4-g{GROUP}", "gptq", ("hadamard",), rows=256),
+    Peer("bitsandbytes", 4), Peer("plain", 4),
 )  # fmt: skip
 SECTIONS: dict[str, tuple[Ours | Peer, ...]] = {
     f"w{bits}": (
