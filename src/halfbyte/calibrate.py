@@ -15,7 +15,9 @@ from halfbyte.data import Batch
 from halfbyte.errors import InputError
 from halfbyte.feed import Feed, moments, watching
 from halfbyte.formats import Format
+from halfbyte.kernels.half import few_bits
 from halfbyte.layers import ops
+from halfbyte.matters import directions
 from halfbyte.models import blocks
 from halfbyte.qtensor import QTensor
 from halfbyte.solvers import SOLVERS, Moments, Solver
@@ -73,6 +75,9 @@ def freeze(
             raise InputError("this model has no list of blocks to calibrate one after the other.")
         else:
             known = moments(model, batches, list(chosen), solver.uses)
+    if feed is not None and solver.learns:
+        feed.half = few_bits(chosen.values(), feed.states[0].dtype)
+        feed.matter = directions(feed, named, store)
     groups = _by_block([prefix for prefix, _ in named], chosen)
     for i, (prefix, names) in enumerate(groups):
         store.bring(prefix)

@@ -25,7 +25,7 @@ class _Reached(Exception):
 class Feed:
     """The hidden states between blocks, and all else that each block is called with, a list over batches. floats:
     those of the float model; states: what the blocks before, as they are now, give. One list while none is quantized.
-    half: see Call.
+    half, matter (a list over blocks): see Call.
 
     Making one runs the model once with empty blocks, so that what leads to the first is all that is computed. Blocks
     are called as the model calls them: masks and positions may differ from one to the next.
@@ -34,6 +34,7 @@ class Feed:
     def __init__(self, model: nn.Module, blocks: list[nn.Module], batches: list[Batch]) -> None:
         self._model, self._blocks, self._batches = model, blocks, batches
         self.half = False
+        self.matter: list[Tensor] = []
         self._ends: dict[tuple[Any, ...], list[str]] = {}
         self._calls: list[list[Call]] = [[] for _ in blocks]
         self._width = self._outputs()
@@ -43,7 +44,8 @@ class Feed:
 
     def calls(self, i: int) -> list[Call]:
         """What block i is given on the present states."""
-        return self._on(i, self.states)
+        matter = self.matter[i] if self.matter else None
+        return [replace(call, matter=matter) for call in self._on(i, self.states)]
 
     @torch.no_grad()
     def run(self, i: int) -> list[Tensor]:
@@ -64,19 +66,38 @@ class Feed:
                 with suppress(_Reached):
                     call(self._blocks[i])
 
-    @torch.no_grad()
     def targets(self, i: int) -> list[Tensor]:
         """What the float block i gives in the float model, where no inputs are rounded."""
-        with ExitStack() as stack:
-            for op in self._rounding(i):
-                stack.enter_context(op.unrounded())
-            return [call(self._blocks[i]) for call in self._on(i, self.floats)]
+        return self.through(i, self.floats)
 
-    def _rounding(self, i: int) -> list[RoundsInputs]:
-        return [op for _, op in ops(self._blocks[i]) if isinstance(op, RoundsInputs)]
+    @torch.no_grad()
+    def through(self, i: int, states: list[Tensor]) -> list[Tensor]:
+        """What block i gives of the first calls' states, with no inputs rounded."""
+        with self._unrounded(i):
+            return [call(self._blocks[i]) for call in self._on(i, states)]
+
+    def back(self, i: int, states: list[Tensor], gradients: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """What block i gives of the first calls' states, as `through` has it, and the gradients at these, of what has
+        the `gradients` at what it gives."""
+        outputs, found = [], []
+        with self._unrounded(i), torch.enable_grad():
+            for call, g in zip(self._on(i, states), gradients, strict=True):
+                x = call.x.detach().requires_grad_(True)
+                y = replace(call, x=x)(self._blocks[i])
+                found.extend(torch.autograd.grad(y, x, g.to(y.dtype)))
+                outputs.append(y.detach())
+        return outputs, found
+
+    @contextmanager
+    def _unrounded(self, i: int) -> Iterator[None]:
+        with ExitStack() as stack:
+            for _, op in ops(self._blocks[i]):
+                if isinstance(op, RoundsInputs):
+                    stack.enter_context(op.unrounded())
+            yield
 
     def _on(self, i: int, states: list[Tensor]) -> list[Call]:
-        return [replace(call, x=x, half=self.half) for call, x in zip(self._calls[i], states, strict=True)]
+        return [replace(call, x=x, half=self.half) for call, x in zip(self._calls[i], states, strict=False)]
 
     def ends(self, i: int) -> list[str]:
         """Of block i's ops, by their names inside it, the one that is used last, if adding to what it gives adds as
@@ -122,6 +143,25 @@ class Feed:
         states = iter(self.states)
         with self._empty(lambda i, call: next(states) if i == 0 else call.x):
             self._pass()
+
+    def asked(self, states: list[Tensor], generator: torch.Generator) -> list[Tensor]:
+        """The gradients, at these outputs of the last block, of the log-probabilities of tokens that the model draws
+        from what it makes of them. Empty if it has no logits. A row of text at a time: logits are wide."""
+        found = []
+        for batch, x in zip(self._batches, states, strict=False):
+            rows = []
+            for k in range(len(x)):
+                row = x[k : k + 1].detach().requires_grad_(True)
+                inputs = {n: v[k : k + 1] if isinstance(v, Tensor) else v for n, v in batch.inputs.items()}
+                with self._empty(lambda i, call, row=row: row if i == 0 else call.x), torch.enable_grad():
+                    logits = getattr(self._model(**inputs), "logits", None)
+                    if logits is None or logits.ndim != 3:
+                        return []
+                    likely = logits.float().log_softmax(-1).flatten(0, 1)
+                    drawn = torch.multinomial(likely.detach().exp(), 1, generator=generator)
+                    rows.extend(torch.autograd.grad(likely.gather(1, drawn).sum(), row))
+            found.append(torch.cat(rows))
+        return found
 
     def _note(self, i: int, call: Call) -> Tensor:
         self._calls[i].append(call)

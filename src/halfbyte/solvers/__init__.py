@@ -43,12 +43,14 @@ class Site:
 @dataclass(frozen=True)
 class Call:
     """How a block is called: on the hidden states x (batch, tokens, width), with masks and positions. half: whether
-    its products are in bfloat16."""
+    its products are in bfloat16. matter: which directions of what it gives matter, (width, width), or None if all do
+    alike (see halfbyte.matters)."""
 
     x: Tensor
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     half: bool = False
+    matter: Tensor | None = None
 
     def __call__(self, block: nn.Module) -> Tensor:
         """The hidden states that the block makes of it."""

@@ -163,10 +163,12 @@ def _seen_through(sites: Mapping[str, Any], learned: Mapping[str, Rounding]) -> 
 
 
 def _error(block: nn.Module, call: Any, target: Tensor) -> Tensor:
-    """Of the block's outputs: the sum of all tokens' squared errors, each by the token's size, as the next norm will
-    take it."""
+    """Of the block's outputs: the sum of all tokens' squared errors in the directions that matter, each by the token's
+    size, as the next norm will take it."""
     target = target.float()
-    return ((call(block).float() - target).square().sum(-1) / target.square().sum(-1)).sum()
+    e = call(block).float() - target
+    weighed = e if call.matter is None else e @ call.matter
+    return ((weighed * e).sum(-1) / target.square().sum(-1)).sum()
 
 
 @torch.no_grad()

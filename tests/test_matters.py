@@ -1,0 +1,72 @@
+"""Which directions of what blocks give matter."""
+
+import pytest
+import torch
+
+from halfbyte import calibrate, data, feed, matters, models
+from halfbyte.kernels import half
+from miniatures import folder, tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _float32(monkeypatch):
+    """What is found block by block is compared to what the whole model gives."""
+    monkeypatch.setattr(half, "fast", lambda: False)
+
+
+def batches(rows=3):
+    found = data.encode(data.records([{"text": f"the {n} of some words"} for n in range(rows)]), tokenizer(), 12)
+    return data.stacked(list(data.eval_batches(found, 1, 0)), 2)
+
+
+def whole(model, seed=0):
+    """By autograd through all of the model at once: E[g g^T] of every block, token by token by its size."""
+    model.requires_grad_(True)
+    generator, found = torch.Generator().manual_seed(seed), {}
+    for batch in batches():
+        for k in range(len(batch.input_ids)):
+            given = {}
+            handles = [
+                block.register_forward_hook(lambda m, args, y, p=p, to=given: to.update({p: y}))
+                for p, block in models.blocks(model)
+            ]
+            row = {n: v[k : k + 1] if isinstance(v, torch.Tensor) else v for n, v in batch.inputs.items()}
+            likely = model(**row).logits.float().log_softmax(-1).flatten(0, 1)
+            drawn = torch.multinomial(likely.detach().exp(), 1, generator=generator)
+            gradients = torch.autograd.grad(likely.gather(1, drawn).sum(), list(given.values()))
+            for (prefix, h), g in zip(given.items(), gradients, strict=True):
+                x = (g * h.norm(dim=-1, keepdim=True)).flatten(0, -2).detach()
+                found[prefix] = found.get(prefix, 0) + x.T @ x
+            for handle in handles:
+                handle.remove()
+    return [m / m.diagonal().mean() for m in found.values()]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "gemma3", "qwen3-moe"])
+def test_block_by_block_as_through_the_whole_model(tmp_path, name):
+    model = models.load(folder(tmp_path / "m", name)).model
+    named = models.blocks(model)
+    fed = feed.Feed(model, [m for _, m in named], batches())
+    found = matters.directions(fed, named, calibrate.IN_MEMORY)
+    for mine, theirs in zip(found, whole(model), strict=True):
+        expected = (1 - matters.EVENLY) * theirs + matters.EVENLY * torch.eye(len(theirs))
+        torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(fed.states, fed.floats, strict=True))
+
+
+def test_no_more_text_is_asked_than_is_enough(tmp_path, monkeypatch):
+    monkeypatch.setattr(matters, "ROWS", 2)
+    model = models.load(folder(tmp_path / "m", "llama")).model
+    named, used = models.blocks(model), []
+    fed = feed.Feed(model, [m for _, m in named], batches(20))
+    handle = model.lm_head.register_forward_hook(lambda *_: used.append(1))
+    matters.directions(fed, named, calibrate.IN_MEMORY)
+    handle.remove()
+    assert len(used) == 2
+
+
+def test_a_model_without_logits_has_no_such_directions(tmp_path):
+    model = models.load(folder(tmp_path / "m", "bert")).model
+    named = models.blocks(model)
+    fed = feed.Feed(model, [m for _, m in named], batches())
+    assert matters.directions(fed, named, calibrate.IN_MEMORY) == []
