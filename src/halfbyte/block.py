@@ -84,15 +84,17 @@ class Block:
         if codes is None:
             sites = self._sites(ends)
             if self.solver.in_turn:
-                turns = Turns(self.module, calls, solved, order)
                 streams = {
                     n: [x + y.reshape(x.shape) for x, y in zip(feed.floats, ys, strict=True)]
                     for n, ys in zip(ends[:-1], added, strict=True)
                 }
-                codes = self._in_turn(turns, streams | ({closing: given} if closing else {}), sites)
+                streams |= {closing: given} if closing else {}
+                codes = self._in_turn(Turns(self.module, calls, solved, order), streams, sites)
             else:
-                known = self.watched(lambda: feed.until(self.i, self.ops.get(closing or "")))
+                known = self.watched(lambda: feed.run(self.i))
                 codes = self.solver.solve(self.module, calls, given, _told(sites, known))
+            if self.solver.refine:
+                codes = self.solver.refine(self.module, calls, given, sites, codes)
             self.store.keep(self.prefix, codes)
             left = sites[closing].left if closing else []
         if closing and not left:
@@ -104,10 +106,10 @@ class Block:
 
     def _ends(self, feed: Feed) -> list[str]:
         """Those of the ops that are to make good what was lost before them, the one that closes the block last."""
-        names = [f"{self.prefix}.{n}" for n in feed.ends(self.i)] if self.solver.uses == "gram" else []
+        names = [f"{self.prefix}.{n}" for n in feed.ends(self.i)] if self.solver.in_turn else []
         if not names or names[-1] not in self.formats:
             return []
-        return [n for n in names if n in self.formats] if self.solver.in_turn else names[-1:]
+        return [n for n in names if n in self.formats]
 
     def _in_turn(self, turns: Turns, ends: dict[str, list[Tensor]], sites: dict[str, Site]) -> dict[str, QTensor]:
         """Codes of weights in the order in which they are used, each told what it is fed where those before it have

@@ -75,7 +75,7 @@ def freeze(
             raise InputError("this model has no list of blocks to calibrate one after the other.")
         else:
             known = moments(model, batches, list(chosen), solver.uses)
-    if feed is not None and solver.learns:
+    if feed is not None and solver.refine:
         feed.half = few_bits(chosen.values(), feed.states[0].dtype)
         feed.matter = directions(feed, named, store)
     groups = _by_block([prefix for prefix, _ in named], chosen)

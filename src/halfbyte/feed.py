@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -51,20 +51,6 @@ class Feed:
     def run(self, i: int) -> list[Tensor]:
         """Block i's outputs on the present states."""
         return [call(self._blocks[i]) for call in self.calls(i)]
-
-    @torch.no_grad()
-    def until(self, i: int, last: nn.Module | None) -> None:
-        """Runs block i on the present states, up to where its op `last` is used, or to its end."""
-
-        def stop(module: nn.Module, args: Any) -> None:
-            raise _Reached
-
-        with ExitStack() as stack:
-            if last is not None:
-                stack.callback(last.register_forward_pre_hook(stop).remove)
-            for call in self.calls(i):
-                with suppress(_Reached):
-                    call(self._blocks[i])
 
     def targets(self, i: int) -> list[Tensor]:
         """What the float block i gives in the float model, where no inputs are rounded."""

@@ -1,5 +1,7 @@
 """AutoRound: it begins where GPTQ ends, lowers the error of a block's outputs, and what it learned is what is kept."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from halfbyte.kernels import half, proxy
 from halfbyte.layers import Codes, ops
 from halfbyte.models import roles
 from halfbyte.solvers import autoround, gptq, solver
+from halfbyte.solvers.closing import seen_as
 from halfbyte.solvers.form import Form
 from miniatures import folder, tokenizer
 
@@ -68,26 +71,21 @@ def batches(n=6):
     return [next(data.batches(rows, 1, seed=i, pad_token_id=0)) for i in range(n)]
 
 
-def frozen(path, name, floats=()):
+def frozen(path, name):
     """A model solved by name, and each block's error on the text, as the driver feeds it."""
     model, errors = models.load(path).model, []
     wanted = {n: parse("int3-g32") for n, role in roles(model).items() if role in ("linear", "conv1d")}
     by = solver(name)
 
-    def solve(block, inputs, targets, sites):
-        codes = by.solve(block, inputs, targets, sites)
+    def refine(block, inputs, targets, sites, codes):
+        codes = by.refine(block, inputs, targets, sites, codes) if by.refine else codes
         assert all(op.weight.grid is None and not op.training for _, op in ops(block))
-        floats = {n: s.op.weight.value() for n, s in sites.items()}
-        for n, q in codes.items():
-            sites[n].op.weight.store(q)
-        with torch.no_grad():
+        with seen_as({n: s.op for n, s in sites.items()}, codes), torch.no_grad():
             off = [(call(block) - t).square().sum() / t.square().sum() for call, t in zip(inputs, targets, strict=True)]
         errors.append(float(torch.stack(off).mean()))
-        for n, w in floats.items():
-            sites[n].op.weight.store(w)
         return codes
 
-    calibrate.freeze(model, wanted, type(by)("watched", solve, True, "", "gram"), batches())
+    calibrate.freeze(model, wanted, replace(by, refine=refine), batches())
     assert all(isinstance(op.weight.stored, Codes) for n, op in ops(model) if n in wanted)
     return errors
 
@@ -108,17 +106,18 @@ def test_it_goes_for_as_much_of_what_is_missing_as_is_trusted(tmp_path, monkeypa
     wanted = {n: parse("int3-g32") for n, role in roles(model).items() if role == "linear"}
     closed, told, seen = gptq.closed, [], []
 
-    def solve(block, inputs, targets, sites):
-        with torch.no_grad():
+    def refine(block, inputs, targets, sites, codes):
+        meant = {n: s.meant[0] for n, s in sites.items() if "o_proj" in n}
+        with seen_as({n: s.op for n, s in sites.items()}, meant), torch.no_grad():
             own = [call(block) for call in inputs]
-        codes = autoround.solve(block, inputs, targets, sites)
+        codes = autoround.refine(block, inputs, targets, sites, codes)
         seen.append((own, targets, *told[-2:]))
         return codes
 
     monkeypatch.setattr(autoround, "trusted", lambda *_: share)
     monkeypatch.setattr(gptq, "closed", lambda *given: (*closed(*given)[:2], 1 - share))
     monkeypatch.setattr(autoround, "_learned", lambda b, i, aim, s, codes, *_: told.append(aim) or codes)
-    calibrate.freeze(model, wanted, type(solver("gptq"))("watched", solve, True, "", "gram"), batches())
+    calibrate.freeze(model, wanted, replace(solver("gptq"), refine=refine), batches())
     own, targets, first, second = (torch.cat([t.flatten(0, 1) for t in part]) for part in seen[-1])
     assert not torch.allclose(own, targets, rtol=1e-4)
     assert torch.equal(first, own if share == 0 else targets)

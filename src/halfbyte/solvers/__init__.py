@@ -31,13 +31,15 @@ class Site:
     """A weight to be quantized: the op that uses it, into which format, and what is known of its inputs. closes:
     whether what it gives is added to what the block is, so that it can make good what was lost before it; of its inputs
     nothing is known beforehand: they come from the codes of the others. left: what the block is without it, once those
-    before it have their codes, where that is known already."""
+    before it have their codes, where that is known already. meant: the weight that its codes were found for, where that
+    is not its own."""
 
     op: Op
     format: Format
     moments: Moments | None = None
     closes: bool = False
     left: list[Part] = field(default_factory=list)
+    meant: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,25 @@ class Solve(Protocol):
     ) -> dict[str, QTensor]: ...
 
 
+class Refine(Protocol):
+    """Codes of all of a block's weights -> codes by which it gives what is nearer to the targets. As in Solve."""
+
+    def __call__(
+        self,
+        block: nn.Module,
+        inputs: list[Call],
+        targets: list[Tensor],
+        sites: Mapping[str, Site],
+        codes: dict[str, QTensor],
+    ) -> dict[str, QTensor]: ...
+
+
 @dataclass(frozen=True)
 class Solver:
     """needs_data: whether calibration text is needed; says: what is printed of it. uses: which moments of inputs it
     takes, "squares" (it does without where there are none), "gram" or nothing. outside: the solver of weights outside
-    the blocks, for one that needs data. learns: whether it takes gradients through the block. in_turn: whether a
-    block's weights are solved one after the other, each on what those before it give as codes; else together."""
+    the blocks, for one that needs data. in_turn: whether a block's weights are solved one after the other, each on what
+    those before it give as codes; else together. refine: what makes better codes of those of a whole block."""
 
     name: str
     solve: Solve
@@ -88,8 +103,8 @@ class Solver:
     says: str
     uses: Literal["", "squares", "gram"] = ""
     outside: str = "gptq"
-    learns: bool = False
     in_turn: bool = False
+    refine: Refine | None = None
 
 
 SOLVERS: dict[str, Solver] = {
@@ -98,7 +113,7 @@ SOLVERS: dict[str, Solver] = {
         Solver("rtn", rtn.solve, False, rtn.SAYS, "squares"),
         Solver("hqq", hqq.solve, False, hqq.SAYS),
         Solver("gptq", gptq.solve, True, gptq.SAYS, "gram", in_turn=True),
-        Solver("autoround", autoround.solve, True, autoround.SAYS, "gram", learns=True),
+        Solver("autoround", gptq.solve, True, autoround.SAYS, "gram", in_turn=True, refine=autoround.refine),
     )
 }
 

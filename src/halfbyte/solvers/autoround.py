@@ -24,27 +24,27 @@ RATE, SCALE_RATE = 0.001, 0.0003  # of a step between codes, and of a scale, at 
 BETAS = (0.9, 0.95)  # of Adam
 
 
-def solve(
-    block: nn.Module, inputs: list[Any] | None, targets: list[Tensor] | None, sites: Mapping[str, Any]
+def refine(
+    block: nn.Module, inputs: list[Any], targets: list[Tensor], sites: Mapping[str, Any], codes: dict[str, QTensor]
 ) -> dict[str, QTensor]:
-    """See halfbyte.solvers.Solve."""
-    codes, last = gptq.opened(sites)
-    if inputs is None or targets is None:
-        return codes
-    floats = {name: site.op.weight.value() for name, site in sites.items()}
+    """See halfbyte.solvers.Refine."""
+    ops = {name: site.op for name, site in sites.items()}
+    floats = {name: site.meant[0] if site.meant else site.op.weight.value() for name, site in sites.items()}
+    last = next((name for name, site in sites.items() if site.left and site.meant), None)
     if last is None:
         given = _given(block, inputs)
         for share, iterations in zip(UNTOLD, ITERATIONS, strict=True):
             codes = _learned(block, inputs, _between(given, targets, share), sites, codes, floats, iterations)
         return codes
-    op, inside = sites[last].op, {name: site.op for name, site in sites.items()}
+    op, rest = ops[last], {name: q for name, q in codes.items() if name != last}
+    sites[last].left.clear()  # it goes with the codes of before
     left = parts(block, inputs, op)
     wanted = _between([part.closed(op) for part in left], targets, trusted(left, targets, op))
-    codes = _learned(block, inputs, wanted, sites, codes, floats, ITERATIONS[0])
-    with seen_as(inside, codes):
+    codes = _learned(block, inputs, wanted, sites, rest, floats, ITERATIONS[0])
+    with seen_as(ops, codes):
         left = parts(block, inputs, op)
     codes[last], floats[last], share = gptq.closed(left, targets, sites[last])
-    with seen_as(inside, {last: floats[last]}):
+    with seen_as(ops, {last: floats[last]}):
         wanted = _between([part.closed(op) for part in left], targets, share)
     return _learned(block, inputs, wanted, sites, codes, floats, ITERATIONS[1])
 

@@ -28,17 +28,18 @@ def solve(
 ) -> dict[str, QTensor]:
     """See halfbyte.solvers.Solve. What saw no input, or has a format that is not solved for, is rounded to nearest, and
     the log says so."""
-    codes, last = opened(sites)
+    codes, last = _opened(sites)
     if inputs and targets and last is not None:
         site = sites[last]
         if not site.left:
             with seen_as({name: s.op for name, s in sites.items()}, codes):
                 site.left.extend(parts(block, inputs, site.op))
-        codes[last], _, _ = closed(site.left, targets, site)
+        codes[last], better, _ = closed(site.left, targets, site)
+        site.meant[:] = [better]
     return codes
 
 
-def opened(sites: Mapping[str, Any]) -> tuple[dict[str, QTensor], str | None]:
+def _opened(sites: Mapping[str, Any]) -> tuple[dict[str, QTensor], str | None]:
     """Codes of all weights but the one that closes, and the name of that one."""
     out: dict[str, QTensor] = {}
     alike: dict[int, list[str]] = {}  # by their moments: what is fed the same
