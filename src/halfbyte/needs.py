@@ -8,7 +8,7 @@ from math import prod
 
 from torch import nn
 
-from halfbyte import calibrate
+from halfbyte import calibrate, matters
 from halfbyte.models import blocks
 from halfbyte.plan import Entry, totals
 from halfbyte.solvers import Solver
@@ -38,8 +38,23 @@ def needs(
     named = {e.name for found in inside.values() for e in found}
     alone = [[e] for e in entries if e.name not in named]  # what lies outside of blocks comes a weight at a time
     most = max(_held(part, solver, rows, length) for part in [*inside.values(), *alone] if part)
+    if solver.refine and inside:
+        asked, kept = _directions(list(inside.values()), [e for e in entries if e.name not in named], rows, length)
+        most = max(asked, most + kept)
     codes = sum(e.bytes_after for e in entries if e.after is not None)
     return Needs(PROCESS + most + as_gguf * codes, totals(list(entries))[2] + codes)
+
+
+def _directions(inside: list[list[Entry]], outside: list[Entry], rows: int, length: int) -> tuple[int, int]:
+    """Bytes while it is found which directions of what blocks give matter, and those of what is found and stays."""
+    width = min(e.shape[-1] for part in inside for e in part if len(e.shape) > 1)
+    kept = len(inside) * width * width * _FLOAT
+    states = (len(inside) + 3) * min(rows, matters.ROWS) * length * width * _FLOAT
+    block = max(sum(e.bytes_before + e.parameters * _FLOAT for e in part) for part in inside)
+    passing = 2 * calibrate.TOGETHER * length * max(sum(prod(e.shape[:-1]) for e in part) for part in inside) * _FLOAT
+    words = max((e.shape[0] for e in outside), default=0)
+    logits = sum(e.bytes_before for e in outside) + 4 * length * words * _FLOAT
+    return kept + states + max(block + passing, logits), kept
 
 
 def _held(part: list[Entry], solver: Solver, rows: int, length: int) -> int:
@@ -61,7 +76,7 @@ def _held(part: list[Entry], solver: Solver, rows: int, length: int) -> int:
     passing = calibrate.TOGETHER * length * sum(outputs) * _FLOAT
     n = max(inputs)
     solving = n * n * _FORM + 2 * largest
-    if solver.refine:
+    if solver.refine and inside:
         learning = sum(e.parameters for e in made) * _LEARNED * _FLOAT + 2 * passing
         solving = max(solving, learning)
     return held + states + max(passing, solving)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from halfbyte import calibrate, data, kernels, models
+from halfbyte import calibrate, data, kernels, matters, models
 from halfbyte.formats import parse
 from halfbyte.kernels import half, proxy
 from halfbyte.layers import Codes, ops
@@ -71,7 +71,7 @@ def batches(n=6):
     return [next(data.batches(rows, 1, seed=i, pad_token_id=0)) for i in range(n)]
 
 
-def frozen(path, name):
+def frozen(path, name, rows=6):
     """A model solved by name, and each block's error on the text, as the driver feeds it."""
     model, errors = models.load(path).model, []
     wanted = {n: parse("int3-g32") for n, role in roles(model).items() if role in ("linear", "conv1d")}
@@ -85,7 +85,7 @@ def frozen(path, name):
         errors.append(float(torch.stack(off).mean()))
         return codes
 
-    calibrate.freeze(model, wanted, replace(by, refine=refine), batches())
+    calibrate.freeze(model, wanted, replace(by, refine=refine), batches(rows))
     assert all(isinstance(op.weight.stored, Codes) for n, op in ops(model) if n in wanted)
     return errors
 
@@ -93,10 +93,10 @@ def frozen(path, name):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 def test_a_blocks_outputs_are_no_further_than_gptq_leaves_them(tmp_path, monkeypatch, name):
     monkeypatch.setattr(half, "fast", lambda: False)
+    monkeypatch.setattr(matters, "EVENLY", 1.0)  # as errors are taken here
     folder(tmp_path / "m", name)
-    ours, theirs = frozen(tmp_path / "m", "autoround"), frozen(tmp_path / "m", "gptq")
-    # on this little text, what closes a block leaves nothing to gain; Gemma's blocks have no such weight
-    assert ours[0] < theirs[0] if name == "gemma3" else ours[0] <= theirs[0]
+    ours, theirs = (frozen(tmp_path / "m", by, rows=40) for by in ("autoround", "gptq"))
+    assert ours[0] < theirs[0] if name != "llama" else ours[0] <= theirs[0]  # where there is nothing to gain
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
@@ -107,8 +107,7 @@ def test_it_goes_for_as_much_of_what_is_missing_as_is_trusted(tmp_path, monkeypa
     closed, told, seen = gptq.closed, [], []
 
     def refine(block, inputs, targets, sites, codes):
-        meant = {n: s.meant[0] for n, s in sites.items() if "o_proj" in n}
-        with seen_as({n: s.op for n, s in sites.items()}, meant), torch.no_grad():
+        with torch.no_grad():
             own = [call(block) for call in inputs]
         codes = autoround.refine(block, inputs, targets, sites, codes)
         seen.append((own, targets, *told[-2:]))
