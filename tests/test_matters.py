@@ -20,10 +20,12 @@ def batches(rows=3):
 
 
 def whole(model, seed=0):
-    """By autograd through all of the model at once: E[g g^T] of every block, token by token by its size."""
+    """By autograd through all of the model at once: E[g g^T] of every block, token by token by its size, and those of
+    the largest by no more than twice the median of those that a block is called with."""
     model.requires_grad_(True)
     generator, found = torch.Generator().manual_seed(seed), {}
     for batch in batches():
+        sized: dict[str, list[torch.Tensor]] = {}
         for k in range(len(batch.input_ids)):
             given = {}
             handles = [
@@ -35,10 +37,14 @@ def whole(model, seed=0):
             drawn = torch.multinomial(likely.detach().exp(), 1, generator=generator)
             gradients = torch.autograd.grad(likely.gather(1, drawn).sum(), list(given.values()))
             for (prefix, h), g in zip(given.items(), gradients, strict=True):
-                x = (g * h.norm(dim=-1, keepdim=True)).flatten(0, -2).detach()
-                found[prefix] = found.get(prefix, 0) + x.T @ x
+                sized.setdefault(prefix, []).append((g * h.norm(dim=-1, keepdim=True)).flatten(0, -2).detach())
             for handle in handles:
                 handle.remove()
+        for prefix, rows in sized.items():
+            x = torch.cat(rows)
+            most = matters.MOST * x.norm(dim=-1).median()
+            x = torch.stack([g * min(1, float(most / g.norm())) for g in x])
+            found[prefix] = found.get(prefix, 0) + x.T @ x
     return [m / m.diagonal().mean() for m in found.values()]
 
 

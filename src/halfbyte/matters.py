@@ -2,7 +2,9 @@
 
 To second order an error d in what a block gives of a token costs a KL of 1/2 d E[g g^T] d^T, by tokens, where g is the
 gradient there of the log-probability of tokens that the model itself draws (the Fisher information). Norms take a token
-by its size, so that d and g are taken by it too: d / |h| and g |h|, with h what the block gives.
+by its size, so that d and g are taken by it too: d / |h| and g |h|, with h what the block gives. Those of the first
+tokens, to which all others attend, are so large that they would be most of the sum; but far from second order: with
+their errors taken away, the others lose as much. So a token counts for a few times the median at most.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from halfbyte.feed import Feed
 from halfbyte.kernels import second_moments
 
 ROWS = 16  # of text that are enough to tell
+MOST = 2.0  # of a token's gradient, in medians of a call's
 EVENLY = 0.1  # of all directions alike, beside what they tell
 
 
@@ -57,7 +60,10 @@ def _gram(outputs: list[Tensor], gradients: list[Tensor], prefix: str) -> Tensor
     width = outputs[0].shape[-1]
     total = torch.zeros(width, width)
     for h, g in zip(outputs, gradients, strict=True):
-        second_moments.add(total, (g.float() * h.float().norm(dim=-1, keepdim=True)).flatten(0, -2))
+        x = (g.float() * h.float().norm(dim=-1, keepdim=True)).flatten(0, -2)
+        size = x.norm(dim=-1, keepdim=True)
+        x *= (MOST * size.median() / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(max=1)
+        second_moments.add(total, x)
     second_moments.mirror(total)
     if not total.isfinite().all():
         raise InputError(f"the gradient at what {prefix} gives holds NaN or infinity on the calibration text.")

@@ -34,7 +34,7 @@ def quantized(source, out, at=None, **settings):
 
 CASES = {
     "rtn": {}, "gptq": {"solver": "gptq", "calibration": TEXT}, "weighed": {"calibration": TEXT},
-    "own text": {"solver": "gptq", "calibration": "self"},
+    "own text": {"solver": "gptq", "calibration": "self"}, "learned": {"solver": "autoround", "calibration": TEXT},
 }  # fmt: skip
 
 
