@@ -76,7 +76,7 @@ def _held(part: list[Entry], solver: Solver, rows: int, length: int) -> int:
     passing = calibrate.TOGETHER * length * sum(outputs) * _FLOAT
     n = max(inputs)
     solving = n * n * _FORM + 2 * largest
-    if solver.refine and inside:
+    if solver.refine:
         learning = sum(e.parameters for e in made) * _LEARNED * _FLOAT + 2 * passing
         solving = max(solving, learning)
     return held + states + max(passing, solving)
