@@ -135,6 +135,14 @@ def test_it_learns_beside_norms_that_are_trained_elsewhere(tmp_path, name):
     assert all(isinstance(op.weight.stored, Codes) for n, op in ops(model) if n in wanted)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "gpt-oss"])
+def test_experts_that_no_token_of_a_step_comes_to(tmp_path, name):
+    model = models.load(folder(tmp_path / "m", name)).model
+    wanted = {n: parse("int3-g32") for n, role in roles(model).items() if role in ("linear", "expert")}
+    calibrate.freeze(model, wanted, solver("autoround"), batches())
+    assert all(isinstance(op.weight.stored, Codes) for n, op in ops(model) if n in wanted)
+
+
 def test_what_does_not_get_better_is_left_as_gptq_has_it(tmp_path, monkeypatch):
     folder(tmp_path / "m")
     monkeypatch.setattr(autoround, "RATE", 10.0)
