@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from halfbyte import calibrate, data, feed, matters, models
+from halfbyte import InputError, calibrate, data, feed, matters, models
+from halfbyte.formats import parse
 from halfbyte.kernels import half
+from halfbyte.layers import ops
 from miniatures import folder, tokenizer
 
 
@@ -76,3 +78,24 @@ def test_a_model_without_logits_has_no_such_directions(tmp_path):
     named = models.blocks(model)
     fed = feed.Feed(model, [m for _, m in named], batches())
     assert matters.directions(fed, named, calibrate.IN_MEMORY) == []
+
+
+@pytest.mark.parametrize("name", ["mlp.up_proj", "input_layernorm"])
+def test_weights_that_hold_nan_are_named_as_ever(tmp_path, name):
+    model = models.load(folder(tmp_path / "m", "llama")).model
+    weight = model.get_submodule(f"model.layers.1.{name}")
+    weight = weight.weight.value() if "norm" not in name else weight.weight
+    weight.data[3] = float("nan")
+    wanted = {n: parse("int4-g32") for n, _ in ops(model) if ".layers." in n}
+    with pytest.raises(InputError, match=rf"model.layers.1.{name}.weight holds NaN"):
+        calibrate.freeze(model, wanted, calibrate.SOLVERS["autoround"], batches())
+
+
+def test_gradients_that_are_not_finite_tell_nothing_and_the_log_says_so(tmp_path, monkeypatch, caplog):
+    model = models.load(folder(tmp_path / "m", "llama")).model
+    named = models.blocks(model)
+    fed = feed.Feed(model, [m for _, m in named], batches())
+    back = fed.back
+    monkeypatch.setattr(fed, "back", lambda i, *a: (lambda y, g: (y, [x * torch.inf for x in g]))(*back(i, *a)))
+    assert matters.directions(fed, named, calibrate.IN_MEMORY) == []
+    assert "all directions count alike" in caplog.text

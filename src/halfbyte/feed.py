@@ -132,7 +132,7 @@ class Feed:
 
     def asked(self, states: list[Tensor], generator: torch.Generator) -> list[Tensor]:
         """The gradients, at these outputs of the last block, of the log-probabilities of tokens that the model draws
-        from what it makes of them. Empty if it has no logits. A row of text at a time: logits are wide."""
+        from what it makes of them. Empty if it has no logits, or they are not finite. A row at a time: logits are wide."""
         found = []
         for batch, x in zip(self._batches, states, strict=False):
             rows = []
@@ -141,7 +141,7 @@ class Feed:
                 inputs = {n: v[k : k + 1] if isinstance(v, Tensor) else v for n, v in batch.inputs.items()}
                 with self._empty(lambda i, call, row=row: row if i == 0 else call.x), torch.enable_grad():
                     logits = getattr(self._model(**inputs), "logits", None)
-                    if logits is None or logits.ndim != 3:
+                    if logits is None or logits.ndim != 3 or not logits.isfinite().all():
                         return []
                     likely = logits.float().log_softmax(-1).flatten(0, 1)
                     drawn = torch.multinomial(likely.detach().exp(), 1, generator=generator)

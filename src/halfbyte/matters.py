@@ -9,23 +9,25 @@ their errors taken away, the others lose as much. So a token counts for a few ti
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor, nn
 
 from halfbyte.block import Store
-from halfbyte.errors import InputError
 from halfbyte.feed import Feed
 from halfbyte.kernels import second_moments
 
 ROWS = 16  # of text that are enough to tell
 MOST = 2.0  # of a token's gradient, in medians of a call's
 EVENLY = 0.1  # of all directions alike, beside what they tell
+_log = logging.getLogger("halfbyte")
 
 
 def directions(feed: Feed, blocks: list[tuple[str, nn.Module]], store: Store, seed: int = 0) -> list[Tensor]:
     """Of each block, float32 (width, width), with a mean of 1 on its diagonal: E[g g^T] as above, for the most part.
-    Empty for a model that has no logits. Two passes through the float blocks, and one back; what is kept meanwhile is
-    what each block is fed of ROWS rows. Raises InputError for a gradient that is not finite."""
+    Empty, as the log says, for a model that has no logits, or with gradients that are not finite.
+    Two passes through the float blocks, and one back; what is kept meanwhile is what each block is fed of ROWS rows."""
     few = _few(feed.floats)
     given = [feed.floats[:few]]
     for i, (prefix, _) in enumerate(blocks):
@@ -35,14 +37,20 @@ def directions(feed: Feed, blocks: list[tuple[str, nn.Module]], store: Store, se
         store.let_go(prefix)
     with store.passing():
         back = feed.asked(given.pop(), torch.Generator().manual_seed(seed))
+    if not back:
+        _log.warning("all directions count alike: this model gives no logits that tell which of them matter")
+        return []
     found: list[Tensor] = []
-    for i, (prefix, _) in reversed(list(enumerate(blocks))) if back else ():
+    for i, (prefix, _) in reversed(list(enumerate(blocks))):
         store.bring(prefix)
         with store.passing():
             outputs, back_in = feed.back(i, given.pop(), back)
         store.let_go(prefix)
-        found.append(_gram(outputs, back, prefix))
+        found.append(_gram(outputs, back))
         back = back_in
+    if not all(m.isfinite().all() for m in found):
+        _log.warning("all directions count alike: on the calibration text gradients hold NaN or infinity")
+        return []
     return found[::-1]
 
 
@@ -56,7 +64,7 @@ def _few(states: list[Tensor]) -> int:
     return len(states)
 
 
-def _gram(outputs: list[Tensor], gradients: list[Tensor], prefix: str) -> Tensor:
+def _gram(outputs: list[Tensor], gradients: list[Tensor]) -> Tensor:
     width = outputs[0].shape[-1]
     total = torch.zeros(width, width)
     for h, g in zip(outputs, gradients, strict=True):
@@ -65,8 +73,6 @@ def _gram(outputs: list[Tensor], gradients: list[Tensor], prefix: str) -> Tensor
         x *= (MOST * size.median() / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(max=1)
         second_moments.add(total, x)
     second_moments.mirror(total)
-    if not total.isfinite().all():
-        raise InputError(f"the gradient at what {prefix} gives holds NaN or infinity on the calibration text.")
     mean = total.diagonal().mean()
     evenly = EVENLY if mean > 0 else 1.0
     total *= (1 - evenly) / mean.clamp(min=torch.finfo(total.dtype).tiny)

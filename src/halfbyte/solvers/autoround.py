@@ -116,8 +116,8 @@ class Rounding(nn.Module):
 
     @torch.no_grad()
     def step(self, rate: float, scale_rate: float) -> None:
-        """Moves numbers by `rate` of a step between codes at most or so, and scales by that share of themselves. What has
-        no gradient stays where it is."""
+        """Moves numbers by `rate` of a step between codes at most or so, and scales by that share of themselves.
+        What has no gradient stays where it is."""
         if self.current.grad is None:  # an expert that no token of this step came to
             return
         g = self.current.grad.reshape(self.x.shape)
