@@ -132,7 +132,7 @@ class Feed:
 
     def asked(self, states: list[Tensor], generator: torch.Generator) -> list[Tensor]:
         """The gradients, at these outputs of the last block, of the log-probabilities of tokens that the model draws
-        from what it makes of them. Empty if it has no logits, or they are not finite. A row at a time: logits are wide."""
+        from what it makes of them. Empty if it has no logits, or not finite ones. A row at a time: logits are wide."""
         found = []
         for batch, x in zip(self._batches, states, strict=False):
             rows = []
