@@ -1,5 +1,7 @@
 """Which directions of what blocks give matter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from halfbyte import InputError, calibrate, data, feed, matters, models
 from halfbyte.formats import parse
 from halfbyte.kernels import half
 from halfbyte.layers import ops
+from halfbyte.solvers import Call, autoround
 from miniatures import folder, tokenizer
 
 
@@ -99,3 +102,29 @@ def test_gradients_that_are_not_finite_tell_nothing_and_the_log_says_so(tmp_path
     monkeypatch.setattr(fed, "back", lambda i, *a: (lambda y, g: (y, [x * torch.inf for x in g]))(*back(i, *a)))
     assert matters.directions(fed, named, calibrate.IN_MEMORY) == []
     assert "all directions count alike" in caplog.text
+
+
+def test_what_refines_a_blocks_codes_is_told_its_own(tmp_path):
+    model = models.load(folder(tmp_path / "m", "llama")).model
+    named, told = models.blocks(model), []
+    found = matters.directions(feed.Feed(model, [m for _, m in named], batches()), named, calibrate.IN_MEMORY)
+
+    def refine(block, inputs, targets, sites, codes):
+        told.append([call.matter for call in inputs])
+        return codes
+
+    wanted = {n: parse("int8-g32") for n, _ in ops(model) if ".layers." in n}
+    calibrate.freeze(model, wanted, replace(calibrate.SOLVERS["gptq"], refine=refine), batches())
+    for mine, theirs in zip(told, found, strict=True):
+        assert mine
+        assert all(torch.equal(m, theirs) for m in mine)
+
+
+def test_errors_count_by_the_directions_that_matter():
+    g = torch.Generator().manual_seed(0)
+    x, target, root = (torch.randn(2, 3, 8, generator=g), torch.randn(2, 3, 8, generator=g), torch.randn(8, 8))
+    e, size = x - target, target.norm(dim=-1, keepdim=True)
+    call = Call(x, matter=root @ root.T)
+    torch.testing.assert_close(autoround._error(torch.nn.Identity(), call, target), (e / size @ root).square().sum())
+    plain = autoround._error(torch.nn.Identity(), Call(x), target)
+    torch.testing.assert_close(plain, (e / size).square().sum())
