@@ -83,7 +83,8 @@ class Feed:
             yield
 
     def _on(self, i: int, states: list[Tensor]) -> list[Call]:
-        return [replace(call, x=x, half=self.half) for call, x in zip(self._calls[i], states, strict=False)]
+        calls = self._calls[i][: len(states)]
+        return [replace(call, x=x, half=self.half) for call, x in zip(calls, states, strict=True)]
 
     def ends(self, i: int) -> list[str]:
         """Of block i's ops, by their names inside it, the one that is used last, if adding to what it gives adds as
@@ -143,9 +144,7 @@ class Feed:
                     logits = getattr(self._model(**inputs), "logits", None)
                     if logits is None or logits.ndim != 3 or not logits.isfinite().all():
                         return []
-                    likely = logits.float().log_softmax(-1).flatten(0, 1)
-                    drawn = torch.multinomial(likely.detach().exp(), 1, generator=generator)
-                    rows.extend(torch.autograd.grad(likely.gather(1, drawn).sum(), row))
+                    rows.extend(torch.autograd.grad(own_words(logits[0], generator).sum(), row))
             found.append(torch.cat(rows))
         return found
 
@@ -194,6 +193,13 @@ class Feed:
         finally:
             for block in self._blocks:
                 del block.forward
+
+
+def own_words(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Of logits (tokens, vocabulary), the log-probabilities of tokens that are drawn by them: (tokens, 1). The mean of
+    the squares of their gradients is the Fisher information, to second order what the KL to the model costs."""
+    likely = logits.float().log_softmax(-1)
+    return likely.gather(1, torch.multinomial(likely.detach().exp(), 1, generator=generator))
 
 
 def _near(a: Tensor, b: Tensor) -> bool:

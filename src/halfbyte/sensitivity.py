@@ -19,12 +19,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halfbyte import kernels
 from halfbyte.data import Batch
 from halfbyte.errors import InputError
+from halfbyte.feed import own_words
 from halfbyte.formats import Format
 from halfbyte.layers import Embedding, Linear, Op, ops
 
@@ -65,10 +65,8 @@ def fishers(
             for i, batch in enumerate(batches):
                 logits = model(**batch.inputs).logits[:, :-1]
                 logits = logits[batch.labels[:, 1:] != -100]
-                likely = F.log_softmax(logits.float(), -1)
-                drawn = torch.multinomial(likely.detach().exp(), 1, generator=generator)
-                likely.gather(1, drawn).sum().backward()
-                tokens += len(drawn)
+                own_words(logits, generator).sum().backward()
+                tokens += len(logits)
                 on_batch(i + 1, len(batches))
     finally:
         for handle in handles:
