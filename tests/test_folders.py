@@ -69,7 +69,20 @@ def test_a_checkpoint_outlives_a_failure_and_only_that(tmp_path):
         _fail(tmp_path / "out", KeyboardInterrupt, resume=True)
     assert (tmp_path / "out.partial" / CHECKPOINT).is_dir()
     with whole(tmp_path / "out", resume=True) as partial:
-        assert (partial / CHECKPOINT).is_dir()
+        assert [p.name for p in partial.iterdir()] == [CHECKPOINT]
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_a_killed_run_had_begun_to_write_is_not_gone_on_from(tmp_path):
+    partial = tmp_path / "out.partial"
+    (partial / CHECKPOINT).mkdir(parents=True)
+    (partial / f"{CHECKPOINT}.new").mkdir()
+    (partial / "masters").mkdir()
+    (partial / "part-0.2").write_text("half of it")
+    with whole(tmp_path / "out", resume=True) as there:
+        assert {p.name for p in there.iterdir()} == {CHECKPOINT, f"{CHECKPOINT}.new"}
+        (there / f"{CHECKPOINT}.new").rmdir()
+        (there / "halfbyte.json").write_text("new")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["halfbyte.json"]
 
 

@@ -66,7 +66,8 @@ def finished(target: Path, overwrite: bool) -> bool:
 
 
 def begin(target: Path, overwrite: bool = False, resume: bool = False) -> Path:
-    """The folder `target.partial`, which is not there yet, or with `resume` as an earlier try left it. Raises
+    """The folder `target.partial`, which is not there yet, or with `resume` holds what an earlier try can be gone on
+    from: what that had begun to write beside is removed, since a killed one may have left it in the middle. Raises
     InputError as `check_free` does, and for one that could be gone on from but neither is asked for."""
     check_free(target, overwrite)
     target = target.resolve()  # "." has no name to add to
@@ -77,9 +78,20 @@ def begin(target: Path, overwrite: bool = False, resume: bool = False) -> Path:
         raise InputError(
             f"{partial} holds the checkpoint of an interrupted run: add --resume to go on, --overwrite to begin anew."
         )
-    if partial.exists() and not resume:
-        shutil.rmtree(partial)
+    if partial.exists():
+        for left in partial.iterdir():
+            if not (resume and left.name.startswith(CHECKPOINT)):  # or its ".new", see resume.py
+                _remove(left)
+        if not resume:
+            partial.rmdir()
     return partial
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def check_begun(work: Path, settings: Mapping[str, Any], before: Mapping[str, Any]) -> None:
@@ -100,7 +112,7 @@ def whole(target: Path, overwrite: bool = False, resume: bool = False) -> Iterat
     """Yields `target.partial`, an empty folder that becomes `target` when the block ends well.
 
     When the block raises, the unfinished folder is removed, unless it holds a CHECKPOINT to go on from, and not from
-    what was refused; with `resume` what is there from an earlier try is left in place. Raises InputError if `target`
+    what was refused; with `resume` the CHECKPOINT of an earlier try is left in place. Raises InputError if `target`
     exists and `overwrite` is not set.
     """
     partial = begin(target, overwrite, resume)

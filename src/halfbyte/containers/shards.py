@@ -205,14 +205,17 @@ class _Shard:
         self.path = path
         self.tensors: dict[str, tuple[torch.dtype, tuple[int, ...], int]] = {}
         self.nbytes = 0
+        self._widths: set[int] = set()
 
     def _numbers(self, width: int) -> Path:
         return self.path.with_name(f"{self.path.name}.{width}")
 
     def add(self, name: str, tensor: Tensor) -> None:
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        with open(self._numbers(tensor.dtype.itemsize), "ab") as f:
+        width = tensor.dtype.itemsize
+        with open(self._numbers(width), "ab" if width in self._widths else "wb") as f:  # none of an earlier try's
             f.write(data.numpy().data)
+        self._widths.add(width)
         self.tensors[name] = tensor.dtype, tuple(tensor.shape), tensor.nbytes
         self.nbytes += tensor.nbytes
 
@@ -226,7 +229,7 @@ class _Shard:
         text += b" " * (-len(text) % 8)
         with open(self.path, "wb") as f:
             f.write(struct.pack("<Q", len(text)) + text)
-            for width in sorted({dtype.itemsize for dtype, *_ in self.tensors.values()}, reverse=True):
+            for width in sorted(self._widths, reverse=True):
                 with open(self._numbers(width), "rb") as part:
                     shutil.copyfileobj(part, f, _CHUNK)
                 self._numbers(width).unlink()
