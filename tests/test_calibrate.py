@@ -208,6 +208,17 @@ def test_a_model_in_float16_is_solved_for(tmp_path, monkeypatch, name):
     assert coded(model) == set(wanted)
 
 
+@pytest.mark.parametrize("by", ["rtn", "gptq", "autoround"])
+def test_a_block_that_overflows_is_named(tmp_path, by):
+    model = models.load(folder(tmp_path / "m")).model
+    up = dict(ops(model))["model.layers.1.mlp.up_proj"].weight
+    up.store(up.base().detach() * 1e38 * 1e3)
+    up.store(torch.where(up.base().isinf(), 3e38, up.base().detach()))
+    wanted = {n: parse("int4-g32") for n, role in roles(model).items() if role == "linear"}
+    with pytest.raises(InputError, match=r"model\.layers\.1.*NaN or infinity"):
+        calibrate.freeze(model, wanted, solver(by), batches())
+
+
 def test_norms_that_hold_infinity_are_named(tmp_path):
     model = models.load(folder(tmp_path / "m")).model
     model.model.layers[1].input_layernorm.weight.data[3] = float("inf")

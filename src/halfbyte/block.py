@@ -69,7 +69,7 @@ class Block:
     def passed(self, feed: Feed) -> None:
         """Makes codes, from what the float model feeds; its states go on."""
         with watching(self.ops, list(self.formats), self.solver.uses) as seen:
-            given = feed.run(self.i)
+            given = self._sound(feed.run(self.i))
         self.told(seen.moments)
         feed.states = feed.floats = given
 
@@ -78,7 +78,7 @@ class Block:
         feed.half = few_bits(self.formats.values(), feed.states[0].dtype)
         ends, solved = self._ends(feed), {n: self.ops[n] for n in self.formats}
         with together(solved) as order, adding([self.ops[n] for n in ends[:-1]]) as added:
-            given = feed.targets(self.i)
+            given = self._sound(feed.targets(self.i))
         codes, left = self.store.found(self.prefix, self.formats), []
         calls, closing = feed.calls(self.i), ends[-1] if ends else None
         if codes is None:
@@ -103,6 +103,15 @@ class Block:
         self._freeze(codes)
         feed.states = [part.closed(self.ops[closing]) for part in left] if closing else feed.run(self.i)
         feed.floats = given
+
+    def _sound(self, given: list[Tensor]) -> list[Tensor]:
+        """What the block gives. Raises InputError for NaN and infinity."""
+        if not all(x.isfinite().all() for x in given):
+            raise InputError(
+                f"{self.prefix} gives NaN or infinity on the calibration text, before it is quantized: numbers overflow "
+                f"in {given[0].dtype}, or a weight is broken."
+            )
+        return given
 
     def _ends(self, feed: Feed) -> list[str]:
         """Those of the ops that are to make good what was lost before them, the one that closes the block last."""

@@ -104,10 +104,9 @@ def job(
         return prepare(loaded, kind, format, requantize, say)
     if format is None or _floats(format):
         raise InputError(f"--solver, --calibration and --imatrix are of a --format to quantize to, not of {format}.")
-    freeze = Freeze(scheme=chosen(format), on_block=on_block, **vars(found))
+    freeze = Freeze(scheme=chosen(format), on_block=on_block, work=work, **vars(found))
     prepare(loaded, kind, format, requantize)  # what cannot be is refused before the work
     made = run.load(loaded.source, loaded.config.dtype, revision, weights=work is None)
-    made.checkpoint = work
     for step in first:
         step(made)
     freeze(made)

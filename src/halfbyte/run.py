@@ -36,10 +36,10 @@ NOTES, MASTERS = "halfbyte.json", "masters"
 class Run:
     """loaded: the model and what belongs to it. notes: what was done, kept as halfbyte.json beside the result.
     log: of the last training. rows: the ledger so far, (stage, figures). files: what it was read from.
-    checkpoint: the folder where training, or quantizing, keeps its state, and goes on from what is there. from_disk:
-    whether weights are read when they are needed. masters: floats that were trained and then made codes. teacher: a
-    model whose predictions training may be held to. waiting: of adapters that are not in use, by name, what they have
-    for themselves: notes, log, files and rows."""
+    checkpoint: the folder where training keeps its state, and goes on from what is there. from_disk: whether weights
+    are read when they are needed. masters: floats that were trained and then made codes. teacher: a model whose
+    predictions training may be held to. waiting: of adapters that are not in use, by name, what they have for
+    themselves: notes, log, files and rows."""
 
     loaded: Loaded
     seed: int = 0
@@ -63,6 +63,11 @@ class Run:
         if self.from_disk and self.loaded.checkpoint is not None:
             self.loaded.checkpoint.materialize(self.model, self.loaded.config.dtype)
 
+    def leave_weights(self) -> None:
+        """Lets go of what can be read from disk again."""
+        if self.from_disk and self.loaded.checkpoint is not None:
+            self.loaded.checkpoint.release(self.model, "")
+
     @property
     def tokenizer(self) -> Any:
         return self.loaded.tokenizer
@@ -72,6 +77,11 @@ class Run:
         """The tokenizer. Raises InputError if the model came without one, or reads one text and writes another."""
         if self.tokenizer is None:
             raise InputError(f"{self.loaded.source} has no tokenizer, and text needs one.")
+        if (takes := getattr(self.model, "main_input_name", "input_ids")) != "input_ids":
+            raise InputError(
+                f"{self.loaded.source} takes {takes}, and not text. It can be quantized without: --calibration none, by "
+                "rtn or hqq."
+            )
         if getattr(self.model.config, "is_encoder_decoder", False):
             raise InputError(
                 f"{self.loaded.source} reads one text and writes another: text is put only to models that read and "

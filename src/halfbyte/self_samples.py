@@ -31,6 +31,14 @@ class Turns:
     question: list[int]
 
 
+def able(model: nn.Module) -> bool:
+    """Whether a model writes text: goes on from what it has written."""
+    try:
+        return bool(kv_cache.floats(model))
+    except InputError:
+        return False
+
+
 def sample(
     model: nn.Module,
     tokenizer: Any,

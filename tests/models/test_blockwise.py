@@ -25,8 +25,7 @@ def freeze(**settings):
 def quantized(source, out, at=None, **settings):
     """Written from a model on disk, or from memory where there is no place `at` to keep blocks."""
     made = run.load(source, weights=at is None)
-    made.checkpoint = at
-    freeze(**settings)(made)
+    freeze(**settings, work=at)(made)
     out.mkdir()
     made.write(out, out.name)
     return made
@@ -49,15 +48,15 @@ def test_from_disk_as_from_memory_to_the_byte(tmp_path, name, case):
     assert made.bits_per_weight() == run.load(tmp_path / "disk").bits_per_weight()
 
 
-def test_no_more_than_a_block_is_in_memory(tmp_path, monkeypatch):
+@pytest.mark.parametrize("calibration", [TEXT, "self"])
+def test_no_more_than_a_block_is_in_memory(tmp_path, calibration):
     source = folder(tmp_path / "m", "llama-untied", words=True, num_hidden_layers=4)
     made, held = run.load(source, weights=False), []
-    made.checkpoint = tmp_path / "work"
 
     def look(done, total):
         held.append(sum(p.nbytes for p in made.model.parameters() if p.device.type != "meta"))
 
-    freeze(solver="gptq", calibration=TEXT, on_block=look)(made)
+    freeze(solver="gptq", calibration=calibration, on_block=look, work=tmp_path / "work")(made)
     norm = sum(p.nbytes for n, p in made.model.named_parameters() if n == "model.norm.weight")
     assert held == [norm] * 4
     assert all(w.device.type == "meta" for w in weights(made.model).values())
@@ -111,18 +110,14 @@ def test_codes_of_another_shape_are_refused(tmp_path):
         quantized(source, tmp_path / "b", tmp_path / "work")
 
 
-def test_a_killed_command_goes_on_to_the_same_bytes(tmp_path):
-    source = folder(tmp_path / "m", words=True, num_hidden_layers=24)
-    (tmp_path / "t.txt").write_text("some words and more of them. " * 99)
-    command = [sys.executable, "-m", "halfbyte", "quantize", str(source), "--to", "int4-g32", "--solver", "gptq",
-               "--calibration", str(tmp_path / "t.txt"), "--samples", "2", "--max-length", "32"]  # fmt: skip
-    work = tmp_path / f"killed.partial/{CHECKPOINT}"
-    begun = subprocess.Popen([*command, "-o", str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
-    while len(list(work.glob("*.safetensors"))) < 3:
-        assert begun.poll() is None
-        time.sleep(0.002)
-    os.kill(begun.pid, signal.SIGKILL)
-    assert begun.wait() == -signal.SIGKILL
+def begun(source, text, *, script=("-m", "halfbyte")):
+    """The command, but for its output."""
+    return [sys.executable, *script, "quantize", str(source), "--to", "int4-g32", "--solver", "gptq",
+            "--calibration", str(text), "--samples", "2", "--max-length", "32"]  # fmt: skip
+
+
+def check_gone_on(command, tmp_path):
+    """What a killed command left in tmp_path becomes what one that was not killed writes."""
     assert not (tmp_path / "killed").exists()
     again = subprocess.run([*command, "-o", str(tmp_path / "killed")], capture_output=True, text=True)
     assert again.returncode == 2
@@ -133,7 +128,56 @@ def test_a_killed_command_goes_on_to_the_same_bytes(tmp_path):
     assert files == {f.name for f in (tmp_path / "killed").iterdir()}
     for f in files - {"README.md"}:  # which names the folder
         assert (tmp_path / "killed" / f).read_bytes() == (tmp_path / "whole" / f).read_bytes()
-    assert not work.parent.exists()
+    assert not (tmp_path / "killed.partial").exists()
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "t.txt").write_text("some words and more of them. " * 99)
+    return tmp_path / "t.txt"
+
+
+@pytest.mark.parametrize("first", [(), ("--transform", "awq")])
+def test_a_command_killed_while_it_solves_goes_on_to_the_same_bytes(tmp_path, text, first):
+    source = folder(tmp_path / "m", words=True, num_hidden_layers=24)
+    command = [*begun(source, text), *first]
+    work = tmp_path / f"killed.partial/{CHECKPOINT}"
+    process = subprocess.Popen([*command, "-o", str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
+    while len(list(work.glob("*.safetensors"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    check_gone_on(command, tmp_path)
+
+
+KILLED = """
+import os, signal, sys
+from halfbyte.models import saving
+written = saving.write_shards
+
+def some(folder, tensors, *args):
+    def until():
+        for i, tensor in enumerate(tensors):
+            if i == 25:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield tensor
+    return written(folder, until(), *args)
+
+saving.write_shards = some
+from halfbyte.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_command_killed_while_it_writes_goes_on_to_the_same_bytes(tmp_path, text):
+    source = folder(tmp_path / "m", words=True, num_hidden_layers=4)
+    killed = subprocess.run(
+        [*begun(source, text, script=("-c", KILLED)), "-o", str(tmp_path / "killed")], stderr=subprocess.DEVNULL
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert list((tmp_path / "killed.partial").glob("part-0.*"))
+    check_gone_on(begun(source, text), tmp_path)
 
 
 def test_norms_and_positions_come_and_go_with_their_block(tmp_path):

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from halfbyte import data, feed, kernels, models
+from halfbyte import InputError, data, feed, kernels, models
 from halfbyte.formats import parse
 from halfbyte.kernels import proxy
 from halfbyte.layers import Linear, Weight, ops
@@ -71,6 +71,27 @@ def test_what_is_solved_for_by_the_factor():
     form = Form.of(gram)
     torch.testing.assert_close(form.solved(w @ form.h), w, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(form.h, gram + form.damping * torch.eye(len(gram)))
+
+
+def test_a_hessian_that_is_not_positive_definite_is_damped_until_it_is_and_that_is_said(caplog):
+    gram = torch.full((96, 96), 0.5) + 0.5 * torch.eye(96)
+    gram[0, 1] = gram[1, 0] = 1.4  # more than the diagonal allows
+    form = Form.of(gram, "a.b")
+    assert form.damping == pytest.approx(1.0)
+    h = form.h[form.order[:, None], form.order]
+    assert (form.factor @ form.factor.T @ h - torch.eye(96)).abs().max() < 1e-4
+    assert "a.b: its Hessian is positive definite with 1 of" in caplog.text
+    caplog.clear()
+    Form.of(torch.eye(96))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("where", [(3, 3), (3, 4)])
+def test_inputs_that_are_no_numbers_are_refused_by_name(where):
+    gram = torch.eye(64)
+    gram[where], gram[where[::-1]] = torch.nan, torch.nan
+    with pytest.raises(InputError, match=r"inputs of a\.b"):
+        Form.of(gram, "a.b")
 
 
 def test_inputs_that_were_always_0_and_none_at_all():

@@ -128,9 +128,8 @@ def test_codes_are_dequantized_first(tmp_path):
 def test_weights_that_are_on_disk_are_not_read_again_over_the_changed_ones(tmp_path):
     base = folder(tmp_path / "base", "llama-untied")
     made = run.load(base, weights=False)
-    made.checkpoint = tmp_path / "work"
     Transform(name="hadamard")(made)
-    Freeze(scheme="W8A16", group_size=32)(made)
+    Freeze(scheme="W8A16", group_size=32, work=tmp_path / "work")(made)
     assert (logits(made.model) - logits(run.load(base).model)).abs().max() < 0.02
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from halfbyte.cli.console import (
+    Calibration,
     GroupSize,
     Json,
     MaxLength,
@@ -28,6 +29,7 @@ def command(
     transform: Transforms = None,
     untie: Untie = False,
     solver: Annotated[str, typer.Option(help="What finds codes: rtn, hqq, gptq, autoround.")] = "rtn",
+    calibration: Calibration = None,
     samples: Samples = None,
     max_length: MaxLength = 512,
     revision: Revision = None,
@@ -40,25 +42,29 @@ def command(
     from halfbyte.run import Run
     from halfbyte.scheme import Mix, to_scheme
     from halfbyte.solvers import solver as solver_named
-    from halfbyte.steps import Transform
-    from halfbyte.steps.codes import ROWS
+    from halfbyte.steps import Freeze, Transform
     from halfbyte.transforms import check_untie
 
     by = solver_named(solver)
     scheme = to_scheme(to, group_size)
     check_untie(untie, transform or [])
-    first = [Transform(name=name, scheme=scheme, untie=untie) for name in transform or []]
+    text = {"calibration": calibration, "samples": samples, "max_length": max_length}
+    first = [Transform(name=name, scheme=scheme, untie=untie, **text) for name in transform or []]
+    freeze = Freeze(scheme=scheme, solver=solver, **text)
     path = models.resolve(model, revision)
     source = peft.read(path)[0] if (path / peft.CONFIG).exists() else model  # merging leaves the base's layers
     loaded = models.load(source, revision=revision, weights=False)
     made = Run(loaded)
     for step in first:
         step.check(made)
+    for step in (*first, freeze):
+        step.check_text(made)
     entries = plan(loaded.model, scheme)
     readers = export.readers(loaded, entries)
     n, before, after = totals(entries)
-    text_rows = samples or ROWS
-    takes = needs.needs(loaded.model, entries, by, text_rows, max_length, as_gguf=isinstance(scheme, Mix))
+    takes = needs.needs(
+        loaded.model, entries, by, freeze.most, max_length, isinstance(scheme, Mix), freeze.writes, bool(first)
+    )
     if json:
         rows = [
             {"name": e.name, "shape": e.shape, "before": e.before, "after": e.after.name if e.after else e.before,
@@ -73,9 +79,9 @@ def command(
         print(f"{model} -> {scheme.name}:")
         show_plan(entries, print)
         announce(first, made, print)
-        text = f" on {text_rows} rows of a file's text" if by.needs_data else ""
+        on = f" on {freeze.most} rows {'that the model writes itself' if freeze.writes else f'of {calibration}'}"
         memory, disk = f"{takes.memory / 1e9:.1f} GB of memory", f"{takes.disk / 1e6:.1f} MB of disk"
-        print(f"  by {by.name}{text}: about {memory}, {disk} while it runs")
+        print(f"  by {by.name}{on if freeze.most else ''}: about {memory}, {disk} while it runs")
         _show_readers(readers)
 
 

@@ -164,7 +164,7 @@ def _to_folder(
     freeze.on_block, freeze.on_batch = progress("block"), progress("calibration row")
     freeze.on_token = progress("token of the model's own text")
     with whole(output, overwrite, resume) as partial:
-        loaded.checkpoint = partial / CHECKPOINT
+        freeze.work = partial / CHECKPOINT
         for step in first:
             step(loaded)
         if made is None:

@@ -1,10 +1,10 @@
-"""A model whose weights come from disk a block at a time and, made codes, go to files of their own."""
+"""A model whose blocks' codes go to files of their own; one whose weights come from disk a block at a time."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,25 +44,64 @@ class Solved:
 
 
 def read(shards: Shards, like: QTensor, name: str) -> QTensor:
-    """An op's codes from a file that `Blockwise` wrote. Raises InputError for parts that do not fit."""
+    """An op's codes from a file that `Kept` wrote. Raises InputError for parts that do not fit."""
     parts = {n: shards.get(f"{name}:{n}") for n in like.tensors()}
     return check_parts(like.with_tensors(parts))
 
 
-class Blockwise:
-    """Where the weights of a model are that was loaded with weights=False: on disk, but for the block at work.
+class Kept:
+    """The codes of a model's blocks, a file a block, so that a killed run goes on from there. The model is in memory.
 
-    folder: where codes are kept, a file a block, so that a killed run goes on from there. settings: what the codes
-    depend on. Raises InputError if the folder was begun with other ones. See halfbyte.calibrate.Store.
+    settings: what the codes depend on. Raises InputError if the folder was begun with other ones. See
+    halfbyte.calibrate.Store.
     """
 
     def __init__(self, loaded: Loaded, folder: Path, settings: Mapping[str, Any]) -> None:
-        assert loaded.checkpoint is not None
         self.loaded, self.folder = loaded, folder
+        _begin(folder, settings)
+
+    def bring(self, prefix: str) -> None: ...
+
+    def passing(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def let_go(self, prefix: str) -> None: ...
+
+    def found(self, prefix: str, formats: Mapping[str, Format]) -> dict[str, QTensor] | None:
+        file = self.file(prefix)
+        if not file.exists() or not formats:
+            return None
+        shards, by_name, out = Shards([file]), dict(ops(self.loaded.model)), {}
+        for name, f in formats.items():
+            shape = tuple(by_name[name].weight.shape)
+            parts = {n.partition(":")[2]: shards.get(n) for n in shards if n.partition(":")[0] == name}
+            if not parts:
+                raise InputError(
+                    f"{file} lacks the codes of {name}: give --overwrite in place of --resume to begin anew."
+                )
+            out[name] = check_parts(QTensor.of_leaves(f, shape, self.loaded.config.dtype, parts))
+        return out
+
+    def keep(self, prefix: str, codes: Mapping[str, QTensor]) -> None:
+        new = self.file(prefix).with_suffix(".new")
+        if parts := {f"{name}:{n}": t.contiguous() for name, q in codes.items() for n, t in q.tensors().items()}:
+            save_file(parts, str(new))
+            new.rename(self.file(prefix))
+
+    def file(self, prefix: str) -> Path:
+        return self.folder / f"{prefix or 'outside'}.safetensors"
+
+
+class Blockwise:
+    """Where the weights of a model are that was loaded with weights=False: on disk, but for the block at work. Its
+    codes are Kept, and read from there."""
+
+    def __init__(self, loaded: Loaded, folder: Path, settings: Mapping[str, Any]) -> None:
+        assert loaded.checkpoint is not None
+        self.loaded, self.kept = loaded, Kept(loaded, folder, settings)
         self.solved = Solved(loaded.checkpoint.source)
         loaded.checkpoint = self.checkpoint = Checkpoint(self.solved)
         self._prefixes = [prefix for prefix, _ in blocks(loaded.model)]
-        _begin(folder, settings)
         for name, _ in list(loaded.model.named_parameters()):  # norms and such, which are small
             if not self._block_of(name) and not name.endswith(".stored"):
                 self.checkpoint.materialize(loaded.model, loaded.config.dtype, name)
@@ -91,38 +130,22 @@ class Blockwise:
                 self.checkpoint.release(model, name)
 
     def found(self, prefix: str, formats: Mapping[str, Format]) -> dict[str, QTensor] | None:
-        file = self._file(prefix)
-        if not file.exists() or not formats:
-            return None
-        shards, by_name, out = Shards([file]), dict(ops(self.loaded.model)), {}
-        for name, f in formats.items():
-            shape = tuple(by_name[name].weight.shape)
-            parts = {n.partition(":")[2]: shards.get(n) for n in shards if n.partition(":")[0] == name}
-            if not parts:
-                raise InputError(
-                    f"{file} lacks the codes of {name}: give --overwrite in place of --resume to begin anew."
-                )
-            out[name] = check_parts(QTensor.of_leaves(f, shape, self.loaded.config.dtype, parts))
-            self.solved.codes[name] = shards, out[name].to("meta")
-        return out
+        codes = self.kept.found(prefix, formats)
+        self._read_from(prefix, codes or {})
+        return codes
 
     def keep(self, prefix: str, codes: Mapping[str, QTensor]) -> None:
-        file = self._file(prefix)
-        new = file.with_suffix(".new")
-        parts = {f"{name}:{n}": t.contiguous() for name, q in codes.items() for n, t in q.tensors().items()}
-        if not parts:
-            return
-        save_file(parts, str(new))
-        new.rename(file)
-        shards = Shards([file])
-        self.solved.codes |= {name: (shards, q.to("meta")) for name, q in codes.items()}
+        self.kept.keep(prefix, codes)
+        self._read_from(prefix, codes)
+
+    def _read_from(self, prefix: str, codes: Mapping[str, QTensor]) -> None:
+        if codes:
+            shards = Shards([self.kept.file(prefix)])
+            self.solved.codes |= {name: (shards, q.to("meta")) for name, q in codes.items()}
 
     def let_go(self, prefix: str) -> None:
         for name in [prefix] if prefix else self._outside():
             self.checkpoint.release(self.loaded.model, name)
-
-    def _file(self, prefix: str) -> Path:
-        return self.folder / f"{prefix or 'outside'}.safetensors"
 
     def _block_of(self, name: str) -> str | None:
         return next((p for p in self._prefixes if name.startswith(f"{p}.")), None)

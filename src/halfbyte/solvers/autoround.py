@@ -43,7 +43,7 @@ def refine(
     codes = _learned(block, inputs, wanted, sites, rest, floats, ITERATIONS[0])
     with seen_as(ops, codes):
         left = parts(block, inputs, op)
-    codes[last], floats[last], share = gptq.closed(left, targets, sites[last])
+    codes[last], floats[last], share = gptq.closed(left, targets, sites[last], last)
     with seen_as(ops, {last: floats[last]}):
         wanted = _between([part.closed(op) for part in left], targets, share)
     return _learned(block, inputs, wanted, sites, codes, floats, ITERATIONS[1])

@@ -83,7 +83,7 @@ def seen_as(ops: Mapping[str, Any], values: Mapping[str, QTensor | Tensor]) -> I
 
 
 @torch.no_grad()
-def missing(left: list[Part], targets: list[Tensor], op: Any) -> tuple[Form, Tensor]:
+def missing(left: list[Part], targets: list[Tensor], op: Any, name: str = "a weight") -> tuple[Form, Tensor]:
     """What `regression` is told: the form of what the closing op is fed, and the sums of e x^T (2, out, in) over either
     half of the text, by all of its tokens, where e is what the block's outputs are short of the targets."""
     outs, ins = op.weight.shape
@@ -96,7 +96,7 @@ def missing(left: list[Part], targets: list[Tensor], op: Any) -> tuple[Form, Ten
             for total, e_half, x_half in zip(short, e.tensor_split(2), x.tensor_split(2), strict=True):
                 total.addmm_(e_half.T, x_half)
     tokens = sum(t.shape[:-1].numel() for t in targets)
-    return Form.taking(second_moments.mirror(gram).div_(tokens)), short.div_(tokens)
+    return Form.taking(second_moments.mirror(gram).div_(tokens), name), short.div_(tokens)
 
 
 def trusted(left: list[Part], targets: list[Tensor], op: Any) -> float:

@@ -34,7 +34,7 @@ def solve(
         if not site.left:
             with seen_as({name: s.op for name, s in sites.items()}, codes):
                 site.left.extend(parts(block, inputs, site.op))
-        codes[last], better, _ = closed(site.left, targets, site)
+        codes[last], better, _ = closed(site.left, targets, site, last)
         site.meant[:] = [better]
     return codes
 
@@ -56,19 +56,19 @@ def _opened(sites: Mapping[str, Any]) -> tuple[dict[str, QTensor], str | None]:
         else:
             alike.setdefault(id(gram), []).append(name)
     for names in alike.values():
-        form = Form.of(sites[names[0]].moments.gram)
+        form = Form.of(sites[names[0]].moments.gram, names[0])
         for name in names:
             out[name] = quantize(sites[name].op.weight.value(), sites[name].format, form)
     return out, closing
 
 
 @torch.no_grad()
-def closed(left: list[Part], targets: list[Tensor], site: Any) -> tuple[QTensor, Tensor, float]:
+def closed(left: list[Part], targets: list[Tensor], site: Any, name: str) -> tuple[QTensor, Tensor, float]:
     """Codes of the weight that closes a block, given what is left of its outputs without it, the weight that they were
     found for, and how much of what is missing that weight is trusted to make good, from 0 to 1. With e what is missing
     when it is w, they are found for w' = w + a E[e x^T] H^-1: the correction of Qronos (arXiv:2505.11695, equation 7)
     for what a whole block is fed and loses, as far as it is found on other text too."""
-    form, short = missing(left, targets, site.op)
+    form, short = missing(left, targets, site.op, name)
     w = site.op.weight.value()
     change, share = regression(form, short, left[0].half)
     better = (w + change).to(w.dtype)

@@ -33,21 +33,38 @@ class Calibrated(Step):
         """What is read for calibration: a source of records, "self", or None."""
         raise TypeError(f"{type(self).__name__} is no step by itself.")
 
+    @property
+    def writes(self) -> bool:
+        """Whether the model writes the text itself."""
+        return is_word(self._text, "self")
+
+    @property
+    def most(self) -> int:
+        """Rows of text, where there are so many; 0 where none is needed."""
+        return 0 if self._text is None else self.samples or (self_samples.ROWS if self.writes else ROWS)
+
+    def check_text(self, run: Run) -> None:
+        """Raises InputError, before weights are read, for a model that the text cannot be put to."""
+        if self._text is None or isinstance(self._text, data.Dataset):
+            return
+        _ = run.needs_tokenizer
+        if self.writes and not self_samples.able(run.model):
+            raise InputError(f"{run.loaded.source} does not write text of its own: give it some, --calibration FILE.")
+
     def _rows(self, run: Run) -> data.Dataset | None:
+        self.check_text(run)
         if self._text is None or isinstance(self._text, data.Dataset):
             return self._text
         most = getattr(run.model.config, "max_position_embeddings", None) or self.max_length
         length = min(self.max_length, most)
-        if is_word(self._text, "self"):
+        if self.writes:
             run.read_weights()
             told = {} if self.on_token is None else {"on_token": self.on_token}
-            return self_samples.sample(
-                run.model, run.needs_tokenizer, self.samples or self_samples.ROWS, length, run.seed, **told
-            )
+            return self_samples.sample(run.model, run.needs_tokenizer, self.most, length, run.seed, **told)
         return data.encode(read(self._text), run.needs_tokenizer, length)
 
     def _most(self, rows: data.Dataset) -> int:
-        return min(len(rows), self.samples or (self_samples.ROWS if is_word(self._text, "self") else ROWS))
+        return min(len(rows), self.most)
 
     def _batches(self, run: Run, rows: data.Dataset) -> list[data.Batch]:
         stream = data.batches(rows, 1, seed=run.seed, pad_token_id=pad_id(run))
@@ -127,7 +144,8 @@ class Freeze(Calibrated):
     learn: weights stay floats, the nearest to what they were that have the codes found, and are seen through grids
     whose scales are learned from those found on.
 
-    A run whose weights are still on disk is quantized a block at a time, and goes on from what its checkpoint holds."""
+    work: a folder to keep each block's codes in, so that the same step goes on from those that are there; a run whose
+    weights are still on disk is then quantized a block at a time."""
 
     scheme: Any = None
     keep: bool = False
@@ -136,6 +154,7 @@ class Freeze(Calibrated):
     imatrix: str | Path | None = None
     inputs: str = "mse"
     learn: bool = False
+    work: Path | None = None
     on_block: Any = None
     on_batch: Any = None
 
@@ -178,6 +197,8 @@ class Freeze(Calibrated):
         chosen, by = to_scheme(self.scheme, self.group_size), solver(self.solver)
         squares = None if self.imatrix is None else models.importance(run.model, self.imatrix)
         rows = self._rows(run)
+        if self.work is not None:
+            run.leave_weights()  # which had to be there for the model to write
         told = {k: f for k, f in (("on_block", self.on_block), ("on_batch", self.on_batch)) if f is not None}
         batches = None if rows is None else data.stacked(self._batches(run, rows), calibrate.TOGETHER)
         floats = {n: w.base().detach() for n, w in layers.weights(run.model).items()} if self.learn else {}
@@ -189,8 +210,8 @@ class Freeze(Calibrated):
             learn_from_codes(run, floats)
 
     def _store(self, run: Run, chosen: Any, by: Any, rows: data.Dataset | None) -> calibrate.Store:
-        """Where weights are meanwhile: on disk, but for a block, if the run has a place to keep what is found."""
-        if run.checkpoint is None or not run.from_disk:
+        """Where weights are meanwhile: on disk, but for a block, if there is a place to keep what is found."""
+        if self.work is None:
             run.read_weights()
             return calibrate.IN_MEMORY
         settings = {
@@ -199,5 +220,6 @@ class Freeze(Calibrated):
             "samples": None if rows is None else self._most(rows), "max_length": self.max_length,
             "text": None if rows is None else rows.sha256,
             "imatrix": None if self.imatrix is None else models.identity(Path(self.imatrix)),
+            "transforms": run.notes.get("transforms"),
         }  # fmt: skip
-        return models.Blockwise(run.loaded, run.checkpoint, settings)
+        return (models.Blockwise if run.from_disk else models.Kept)(run.loaded, self.work, settings)
