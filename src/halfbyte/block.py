@@ -108,8 +108,8 @@ class Block:
         """What the block gives. Raises InputError for NaN and infinity."""
         if not all(x.isfinite().all() for x in given):
             raise InputError(
-                f"{self.prefix} gives NaN or infinity on the calibration text, before it is quantized: numbers overflow "
-                f"in {given[0].dtype}, or a weight is broken."
+                f"{self.prefix} gives NaN or infinity on the calibration text, before it is quantized: numbers "
+                f"overflow in {given[0].dtype}, or a weight is broken."
             )
         return given
 

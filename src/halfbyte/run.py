@@ -79,8 +79,8 @@ class Run:
             raise InputError(f"{self.loaded.source} has no tokenizer, and text needs one.")
         if (takes := getattr(self.model, "main_input_name", "input_ids")) != "input_ids":
             raise InputError(
-                f"{self.loaded.source} takes {takes}, and not text. It can be quantized without: --calibration none, by "
-                "rtn or hqq."
+                f"{self.loaded.source} takes {takes}, and not text. It can be quantized without: --calibration none, "
+                "by rtn or hqq."
             )
         if getattr(self.model.config, "is_encoder_decoder", False):
             raise InputError(

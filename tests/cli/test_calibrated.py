@@ -8,6 +8,7 @@ import torch
 from halfbyte import run
 from halfbyte.layers import Linear, ops
 from matrices import as_gguf, entries
+from miniatures import folder
 
 
 @pytest.fixture
@@ -96,6 +97,30 @@ def test_what_does_not_go_together_is_refused(halfbyte, refused, tiny_llama, tex
     other = as_gguf(tmp_path / "x.gguf", {"blk.99.attn_q.weight": torch.ones(64)})
     refused(*quantize, "--imatrix", other, words="names none")
     assert not out.exists()
+
+
+def test_what_is_asked_for_and_not_had_or_not_used_is_said(halfbyte, refused, tiny_llama, text, tmp_path, caplog):
+    said = halfbyte("quantize", tiny_llama, "--to", "W4A16", "--solver", "gptq", "--calibration", text,
+                    "--samples", 9999, "--max-length", 8000, "--no-verify", "-o", tmp_path / "a")  # fmt: skip
+    assert said.status == 0, said.err
+    notes = json.loads((tmp_path / "a" / "halfbyte.json").read_text())["calibration"]
+    assert f"--samples 9999: the calibration text has {notes['rows']} rows" in caplog.text
+    assert "--max-length 8000: this model takes" in caplog.text
+    assert "--no-verify is not used" in said.err
+    said = halfbyte("quantize", tiny_llama, "--to", "W4A16", "--samples", 3, "-o", tmp_path / "b")
+    assert "--samples is not used: rtn" in said.err
+    out = ("-o", tmp_path / "c")
+    refused("quantize", tiny_llama, "--to", "W4A16", "--transform", "awq", "--untie", *out, words="--untie")
+    text_of_2 = ("--solver", "gptq", "--calibration", text, "--max-length", 2)
+    refused("quantize", tiny_llama, "--to", "W4A16", *text_of_2, *out, words="--max-length 2")
+
+
+@pytest.mark.parametrize("verb", ["quantize", "plan"])
+def test_models_that_no_text_can_be_put_to_are_refused_by_either_verb(refused, tmp_path, verb):
+    more = ("-o", tmp_path / "out") if verb == "quantize" else ()
+    for name, words in (("bert", "--calibration FILE"), ("t5", "reads one text and writes another")):
+        model = folder(tmp_path / name, name, words=True)
+        refused(verb, model, "--to", "int4-g32", "--solver", "gptq", *more, words=words)
 
 
 def test_codes_on_another_grid_are_not_solved_again_unasked(halfbyte, refused, tiny_llama, text, tmp_path):

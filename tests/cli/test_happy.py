@@ -414,6 +414,7 @@ def test_the_disk_that_a_plan_tells_is_what_is_taken(halfbyte, tiny_llama, tmp_p
     told = halfbyte("plan", tiny_llama, "--to", "int4-g32", "--json").json["disk"]
     assert 0.7 * told < max(taken) < told + 20_000  # of headers, which plan leaves out
 
+
 def test_plan_names_who_can_read_the_result(halfbyte, tiny_llama):
     said = halfbyte("plan", tiny_llama, "--to", "int4-g32")
     assert said.status == 0, said.err

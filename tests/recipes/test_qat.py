@@ -97,9 +97,10 @@ def test_training_goes_on_from_a_model_made_ready_for_its_codes(tmp_path, llama,
     ready = load(llama).apply(*(Transform(name=n, scheme="W8A8", untie=True, **text) for n in transforms))
     ready.apply(Freeze(scheme="W8A8", solver=init or "rtn", **(text if init == "gptq" else {})))
     plain = load(llama).quantize("W8A8")
+    to = {"init": init, "transforms": transforms, "untie": "hadamard" in transforms}
     *before, training = [
         s
-        for s in method_steps(method, "W8A8", {**SHORT, "loss": "kl"}, init=init, transforms=transforms, untie=True)
+        for s in method_steps(method, "W8A8", {**SHORT, "loss": "kl"}, **to)
         if not isinstance(s, Merge) and not (isinstance(s, Freeze) and s.scheme is None)
     ]
     made = load(llama).apply(*before)

@@ -108,6 +108,10 @@ def command(
     first = _transforms(transform or [], scheme, untie=untie, **text)
     if calibration not in (None, "none") and not (by.needs_data or by.uses or scheme.static or first):
         say(f"--calibration is not used: {by.name} takes none.")
+    if samples is not None and not (targeted or by.needs_data or calibration or scheme.static or first):
+        say(f"--samples is not used: {by.name} takes no text unless --calibration gives it some.")
+    if no_verify and output.suffix not in FILES:
+        say("--no-verify is not used: a folder is not read back while it is quantized.")
     if input_search is not None and not scheme.static:
         say(f"--input-search is not used: {scheme.name} has no scales of inputs to find.")
     usual = "minmax" if "smooth" in (transform or []) else export.Found.inputs  # nothing is left that stands out

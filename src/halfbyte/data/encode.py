@@ -92,7 +92,7 @@ def encode(
     """
     kind = _one_kind(records)
     if max_length < 3:
-        raise InputError(f"max_length is {max_length}; it must be at least 3.")
+        raise InputError(f"--max-length {max_length}: a row has at least 3 tokens.")
     if kind == "text" and packing:
         pieces = _windows_of(_joined(records, tokenizer), max_length)
     else:

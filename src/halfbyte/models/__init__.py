@@ -11,6 +11,6 @@ from halfbyte.models.structure import blocks, role_of_parameter, roles, stacks, 
 
 __all__ = [
     "Blockwise", "Checkpoint", "Edge", "Edges", "Kept", "Loaded", "blocks", "edges", "head_bytes", "identity",
-    "importance", "is_encoder", "load", "own_container", "parse_dtype", "parts", "resolve", "role_of_parameter", "roles", "save",
-    "sha256", "skeleton", "stacks", "tied", "untie",
+    "importance", "is_encoder", "load", "own_container", "parse_dtype", "parts", "resolve", "role_of_parameter",
+    "roles", "save", "sha256", "skeleton", "stacks", "tied", "untie",
 ]  # fmt: skip

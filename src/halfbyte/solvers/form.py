@@ -57,8 +57,8 @@ class Form:
 
 
 def _factor(h: Tensor, order: Tensor) -> Tensor | None:
-    """See Form; None where there is none. With R the other way round R h R = C C^T, so that L = R C^-T R: h is not inverted. Damping leaves
-    float32 enough: what codes lose is what they lose by float64, to 1e-3 of it."""
+    """See Form; None where there is none. With R the other way round R h R = C C^T, so that L = R C^-T R: h is not
+    inverted. Damping leaves float32 enough: what codes lose is what they lose by float64, to 1e-3 of it."""
     backward = order.flip(0)
     c = h[backward[:, None], backward]
     failed = torch.empty((), dtype=torch.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +17,7 @@ from halfbyte.solvers import solver
 from halfbyte.steps.step import Positive, Step, is_word, pad_id, read
 from halfbyte.transforms import Target, transform
 
+_log = logging.getLogger("halfbyte")
 ROWS = 32  # of calibration text, where it is a file or records
 
 
@@ -55,13 +57,17 @@ class Calibrated(Step):
         self.check_text(run)
         if self._text is None or isinstance(self._text, data.Dataset):
             return self._text
-        most = getattr(run.model.config, "max_position_embeddings", None) or self.max_length
-        length = min(self.max_length, most)
+        length = min(self.max_length, getattr(run.model.config, "max_position_embeddings", None) or self.max_length)
+        if length < self.max_length != evaluate.CONTEXT:
+            _log.warning("--max-length %d: this model takes %d tokens, and is given as many", self.max_length, length)
         if self.writes:
             run.read_weights()
             told = {} if self.on_token is None else {"on_token": self.on_token}
             return self_samples.sample(run.model, run.needs_tokenizer, self.most, length, run.seed, **told)
-        return data.encode(read(self._text), run.needs_tokenizer, length)
+        found = data.encode(read(self._text), run.needs_tokenizer, length)
+        if len(found) < (self.samples or 0):
+            _log.warning("--samples %d: the calibration text has %d rows, and all are taken", self.samples, len(found))
+        return found
 
     def _most(self, rows: data.Dataset) -> int:
         return min(len(rows), self.most)
@@ -199,6 +205,8 @@ class Freeze(Calibrated):
         rows = self._rows(run)
         if self.work is not None:
             run.leave_weights()  # which had to be there for the model to write
+        if rows is not None:
+            run.notes["calibration"] = {"rows": self._most(rows), "sha256": rows.sha256}
         told = {k: f for k, f in (("on_block", self.on_block), ("on_batch", self.on_batch)) if f is not None}
         batches = None if rows is None else data.stacked(self._batches(run, rows), calibrate.TOGETHER)
         floats = {n: w.base().detach() for n, w in layers.weights(run.model).items()} if self.learn else {}

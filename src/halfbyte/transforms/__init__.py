@@ -46,13 +46,15 @@ class Apply(Protocol):
 @dataclass(frozen=True)
 class Transform:
     """says: what is printed of it. needs_data: whether it takes what ops are fed, and what they become. rounds_inputs:
-    whether it is for schemes that round inputs. refuses: why the edges of a model do not let it, in words."""
+    whether it is for schemes that round inputs. unties: whether the head must have a weight of its own. refuses: why
+    the edges of a model do not let it, in words."""
 
     name: str
     apply: Apply
     says: str
     needs_data: bool = False
     rounds_inputs: bool = False
+    unties: bool = False
     refuses: Callable[[Edges], str | None] = lambda edges: None
 
 
@@ -61,7 +63,7 @@ TRANSFORMS: dict[str, Transform] = {
     for t in (
         Transform("awq", awq.apply, awq.SAYS, True),
         Transform("smooth", smooth.apply, smooth.SAYS, True, True),
-        Transform("hadamard", hadamard.apply, hadamard.SAYS, refuses=hadamard.refuses),
+        Transform("hadamard", hadamard.apply, hadamard.SAYS, unties=True, refuses=hadamard.refuses),
     )
 }
 
@@ -75,5 +77,6 @@ def transform(name: str) -> Transform:
 
 def check_untie(untie: bool, names: Sequence[str]) -> None:
     """Raises InputError for a leave that no transform is there to use."""
-    if untie and not names:
-        raise InputError("--untie: nothing gives the head a weight of its own without --transform hadamard.")
+    if untie and not any(transform(name).unties for name in names):
+        those = " or ".join(t.name for t in TRANSFORMS.values() if t.unties)
+        raise InputError(f"--untie: nothing gives the head a weight of its own without --transform {those}.")
