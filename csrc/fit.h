@@ -28,6 +28,7 @@ struct Piece {  // one group's numbers and what their squared errors weigh, fill
 // product with the inverse stands for the division, and ties may fall elsewhere: only the choice of a scale hangs on it.
 struct ToIntegers {
     F inverse, shift, low, high;  // low <= whole(x * inverse + shift) <= high
+    ToIntegers(F inverse_, F low_, F high_) : inverse(inverse_), shift(V::zero()), low(low_), high(high_) {}
     ToIntegers(float scale, float shift_, float low_, float high_) : inverse(V::set1(1 / scale)), shift(V::set1(shift_)), low(V::set1(low_)), high(V::set1(high_)) {}
     F operator()(F x) const {
         const F limited = V::smaller(V::set1(4e6f), V::larger(V::set1(-4e6f), V::fma(x, inverse, shift)));
@@ -107,13 +108,19 @@ inline void again(const Fit& f, const Piece& p, Found& best) {
     }
 }
 
+// The scale of a grid without a zero that covers a group: its extreme on the end that goes furthest.
+inline float covering(const Fit& f, const Piece& p) {
+    const Grid& g = *f.grid;
+    const float extreme = -p.low > p.high ? p.low : p.high;
+    if (g.kind == Grid::table) return std::fabs(extreme) / (g.high > -g.low ? g.high : -g.low);
+    return extreme / (g.middle > 0 ? -g.middle : g.top);
+}
+
 inline Found fit(const Fit& f, const Piece& p) {
     Found best;
     const Grid& g = *f.grid;
     if (g.zero == Grid::none) {
-        const bool table = g.kind == Grid::table;
-        const float extreme = -p.low > p.high ? p.low : p.high, side = table ? (g.high > -g.low ? g.high : -g.low) : g.middle > 0 ? -g.middle : g.top;
-        const float full = table ? std::fabs(extreme) / side : extreme / side;
+        const float full = covering(f, p);
         for (int i = 0; i < f.ratios; i++) {
             try_symmetric(f, p, full * f.ratio[i], best);
             if (f.both_signs) try_symmetric(f, p, -full * f.ratio[i], best);
@@ -161,7 +168,102 @@ inline bool load_piece(const Fit& f, int64_t group, Piece& p) {
     return finite;
 }
 
+// ---- grids without a zero: sixteen groups side by side, a group a lane, so that nothing is summed across.
+
+struct Lanes {
+    static constexpr int64_t RUN = 32;  // numbers that are summed at a time: what is saved is small beside the sums
+    int64_t n = 0;
+    const float *x = nullptr, *w = nullptr;  // (n, 16)
+    F scale = V::zero(), saved = V::set1(-INFINITY);  // the best so far
+
+    void take(F vv, F vx, bool turned) {
+        const F plain = V::where_above(vv, V::zero(), V::div(vx, V::where_above(vv, V::zero(), vv, V::set1(1))), V::zero()), gain = V::mul(plain, vx);
+        scale = V::where_above(gain, saved, turned ? V::sub(V::zero(), plain) : plain, scale);
+        saved = V::larger(saved, gain);
+    }
+
+    template <class Value> void fit(const Value& value) {
+        F vv = V::zero(), vx = V::zero();
+        for (int64_t first = 0; first < n; first += RUN) {
+            F a = V::zero(), b = V::zero();
+            for (int64_t i = first; i < n && i < first + RUN; i++) {
+                const F q = value(V::load(x + 16 * i)), wq = V::mul(V::load(w + 16 * i), q);
+                a = V::fma(wq, q, a), b = V::fma(wq, V::load(x + 16 * i), b);
+            }
+            vv = V::add(vv, a), vx = V::add(vx, b);
+        }
+        take(vv, vx, false);
+    }
+
+    // Integers from -middle to one less than middle, by a scale and by its negative, which turns them round: rounded once.
+    void fit_both(F inverse, float middle) {
+        const F low = V::set1(-middle), high = V::set1(middle), least = V::set1(1 - middle), most = V::set1(middle - 1), whole = V::set1(WHOLE);
+        F vv = V::zero(), vx = V::zero(), turned_vv = V::zero(), turned_vx = V::zero();
+        for (int64_t first = 0; first < n; first += RUN) {
+            F a = V::zero(), b = V::zero(), c = V::zero(), d = V::zero();
+            for (int64_t i = first; i < n && i < first + RUN; i++) {
+                const F at = V::load(x + 16 * i), by = V::load(w + 16 * i);
+                const F r = V::sub(V::add(V::smaller(high, V::larger(low, V::mul(at, inverse))), whole), whole);
+                const F q = V::smaller(most, r), wq = V::mul(by, q), t = V::larger(least, r), wt = V::mul(by, t);
+                a = V::fma(wq, q, a), b = V::fma(wq, at, b), c = V::fma(wt, t, c), d = V::fma(wt, at, d);
+            }
+            vv = V::add(vv, a), vx = V::add(vx, b), turned_vv = V::add(turned_vv, c), turned_vx = V::add(turned_vx, d);
+        }
+        take(vv, vx, false);
+        take(turned_vv, turned_vx, true);
+    }
+
+    F inverse() const {  // of the best scale; 0 where that is 0
+        const F size = V::larger(scale, V::sub(V::zero(), scale));
+        return V::where_above(size, V::zero(), V::div(V::set1(1), V::where_above(size, V::zero(), scale, V::set1(1))), V::zero());
+    }
+};
+
+inline ToIntegers integers(const Grid& g, F inverse) { return {inverse, V::set1(-g.middle), V::set1(g.top - g.middle)}; }
+
+inline void fit_lanes(const Fit& f, Lanes& p, F full) {
+    const Grid& g = *f.grid;
+    p.scale = full;
+    const F inverse = p.inverse();
+    const bool table = g.kind == Grid::table, turns = f.both_signs && !table && 2 * g.middle == g.top + 1;
+    const auto attempt = [&](F by) {
+        if (table) p.fit(ToTable{by, g.bounds, f.steps, f.first, f.values - 1});
+        else p.fit(integers(g, by));
+    };
+    for (int i = 0; i < f.ratios; i++) {
+        const F by = V::mul(inverse, V::set1(1 / f.ratio[i]));
+        if (turns) { p.fit_both(by, g.middle); continue; }
+        attempt(by);
+        if (f.both_signs) attempt(V::sub(V::zero(), by));
+    }
+    for (int round = 0; round < 3; round++) attempt(p.inverse());  // as `again`; where nothing is won nothing changes
+}
+
+bool fit_side_by_side(const Fit& f, int64_t begin, int64_t end) {
+    const int64_t room = ceil_div(f.group, 16) * 16;
+    float* memory = (float*)scratch(0, (size_t)(34 * room) * sizeof(float));
+    Piece p;
+    p.x = memory, p.w = memory + room;
+    float *x = memory + 2 * room, *w = x + 16 * room, full[16], scale[16];
+    bool finite = true;
+    for (int64_t g = begin; g < end; g += 16) {
+        const int64_t count = end - g < 16 ? end - g : 16;
+        for (int64_t lane = 0; lane < 16; lane++) {
+            if (lane < count) finite &= load_piece(f, g + lane, p);
+            full[lane] = lane < count ? covering(f, p) : 0;
+            for (int64_t i = 0; i < f.group; i++) x[16 * i + lane] = lane < count ? p.x[i] : 0, w[16 * i + lane] = lane < count ? p.w[i] : 0;
+        }
+        Lanes lanes;
+        lanes.n = f.group, lanes.x = x, lanes.w = w;
+        fit_lanes(f, lanes, V::load(full));
+        V::store(scale, lanes.scale);
+        for (int64_t lane = 0; lane < count; lane++) f.scale[g + lane] = scale[lane] == 0 && !f.keep_zero ? 1.f : scale[lane];
+    }
+    return finite;
+}
+
 bool fit_groups(const Fit& f, int64_t begin, int64_t end) {
+    if (f.grid->zero == Grid::none) return fit_side_by_side(f, begin, end);
     const int64_t room = ceil_div(f.group, 16) * 16;
     Piece p;
     p.x = (float*)scratch(0, (size_t)(2 * room) * sizeof(float)), p.w = p.x + room;

@@ -24,6 +24,8 @@ struct V {
     static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     static F smaller(F a, F b) { return _mm512_min_ps(a, b); }
     static F larger(F a, F b) { return _mm512_max_ps(a, b); }
+    static F div(F a, F b) { return _mm512_div_ps(a, b); }
+    static F where_above(F x, F bound, F yes, F no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, bound, _CMP_GT_OQ), no, yes); }
     static F add_where_above(F sum, F x, F bound, F step) { return _mm512_mask_add_ps(sum, _mm512_cmp_ps_mask(x, bound, _CMP_GT_OQ), sum, step); }
     static unsigned differ(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_OQ); }
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
@@ -72,6 +74,9 @@ struct V {
     static F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
     static F smaller(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
     static F larger(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+    static F div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+    static __m256 half_where(__m256 x, __m256 bound, __m256 yes, __m256 no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(x, bound, _CMP_GT_OQ)); }
+    static F where_above(F x, F bound, F yes, F no) { return {half_where(x.a, bound.a, yes.a, no.a), half_where(x.b, bound.b, yes.b, no.b)}; }
     static __m256 step_above(__m256 x, __m256 bound, __m256 step) { return _mm256_and_ps(_mm256_cmp_ps(x, bound, _CMP_GT_OQ), step); }
     static F add_where_above(F sum, F x, F bound, F step) { return add(sum, {step_above(x.a, bound.a, step.a), step_above(x.b, bound.b, step.b)}); }
     static unsigned half_differ(__m256 x, __m256 y) { return (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_NEQ_OQ)); }
@@ -144,6 +149,8 @@ struct V {  // loops that any compiler takes, and most make vectors of
     static F mul(F a, F b) { return each([&](int i) { return a.x[i] * b.x[i]; }); }
     static F smaller(F a, F b) { return each([&](int i) { return a.x[i] < b.x[i] ? a.x[i] : b.x[i]; }); }
     static F larger(F a, F b) { return each([&](int i) { return a.x[i] > b.x[i] ? a.x[i] : b.x[i]; }); }
+    static F div(F a, F b) { return each([&](int i) { return a.x[i] / b.x[i]; }); }
+    static F where_above(F x, F bound, F yes, F no) { return each([&](int i) { return x.x[i] > bound.x[i] ? yes.x[i] : no.x[i]; }); }
     static F add_where_above(F sum, F x, F bound, F step) { return each([&](int i) { return x.x[i] > bound.x[i] ? sum.x[i] + step.x[i] : sum.x[i]; }); }
     static unsigned differ(F a, F b) { unsigned r = 0; for (int i = 0; i < 16; i++) r |= (unsigned)(a.x[i] < b.x[i] || a.x[i] > b.x[i]) << i; return r; }
     static F fma(F a, F b, F c) { return each([&](int i) { return a.x[i] * b.x[i] + c.x[i]; }); }

@@ -105,8 +105,10 @@ class Block:
         feed.floats = given
 
     def _sound(self, given: list[Tensor]) -> list[Tensor]:
-        """What the block gives. Raises InputError for NaN and infinity."""
+        """What the block gives. Raises InputError for NaN and infinity, and names the weight that has them if one has."""
         if not all(x.isfinite().all() for x in given):
+            for name, f in self.formats.items():
+                finite(name, self.ops[name], f)
             raise InputError(
                 f"{self.prefix} gives NaN or infinity on the calibration text, before it is quantized: numbers "
                 f"overflow in {given[0].dtype}, or a weight is broken."
