@@ -121,7 +121,7 @@ def measured(setting: Setting, rows: tuple[Ours | Peer, ...], text: str, python:
                 print(failure, flush=True)
                 continue
             what, by = f"int{row.bits}-g{GROUP}", PEERS[row.name].title
-            what = "nf4-g64" if row.name == "bitsandbytes" else what
+            what = {"bitsandbytes": "nf4-g64", "hqq": f"uint{row.bits}-g{GROUP}-affine"}.get(row.name, what)
             by += f", {row.iterations} iterations" if row.iterations else ""
         else:
             there, seconds = ours(setting, row, text)
