@@ -109,8 +109,14 @@ def test_weights_outside_the_blocks_are_solved_for_what_the_quantized_blocks_fee
     calibrate.freeze(model, chosen(model, "linear", "head"), Solver("watch", solve, True, ""), batches())
     assert "lm_head" not in asked
     x = fed(model, "lm_head")  # by the quantized blocks
-    expected = gptq.quantize(head, INT4, Form.of(x.T @ x / len(x)))
-    torch.testing.assert_close(model.lm_head.weight.value(), expected.dequantize())
+    expected = gptq.quantize(head, INT4, Form.of(x.T @ x / len(x))).dequantize()
+    found = model.lm_head.weight.value()
+    assert ((found - expected).abs() > 1e-5).float().mean() < 0.02  # of two scales that are as good, sums in another order choose
+    lost, expects, rounded = (
+        ((w - head) @ x.T).square().sum() for w in (found, expected, rtn.quantize(head, INT4).dequantize())
+    )
+    assert lost == pytest.approx(expects, rel=0.01)
+    assert lost < 0.8 * rounded
 
 
 def fed(model, name):

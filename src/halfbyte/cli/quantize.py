@@ -95,6 +95,8 @@ def command(
     if targeted:
         target.check(group_size=group_size, transform=transform, imatrix=imatrix, input_search=input_search)
         begin(output, overwrite, resume)  # what an interrupted run left is refused before the work
+        if resume:
+            say("--resume: what formats cost is measured anew; only blocks with codes are gone on from.")
         chosen = choose(model, output, target, solver, text, dtype, revision)
         form, solver, text["calibration"] = chosen.scheme, chosen.solver, chosen.rows
     solver = solver or "rtn"

@@ -6,18 +6,28 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import InputError
+from halfbyte.qtensor import pack, unpack
+
+_WHOLE = (2, 4, 8)  # bits of which none of a word is left over: its bytes, the first lowest, are those of `pack`
 
 
 def to_words(codes: Tensor, bits: int) -> Tensor:
     """uint8 (..., n) -> int32 (..., ceil(n / per)): `per` = 32 // bits codes a word."""
     per = 32 // bits
-    runs = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per)).unflatten(-1, (-1, per)).long()
+    whole = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per))
+    if bits in _WHOLE:
+        packed = pack(whole, bits).contiguous()
+        return packed.reshape(-1).view(torch.int32).reshape(*codes.shape[:-1], whole.shape[-1] // per)
+    runs = whole.unflatten(-1, (-1, per)).long()
     word = (runs << (bits * torch.arange(per))).sum(-1)
     return torch.where(word >= 1 << 31, word - (1 << 32), word).to(torch.int32)
 
 
 def from_words(words: Tensor, bits: int, n: int) -> Tensor:
     """The inverse: uint8 (..., n)."""
+    if bits in _WHOLE:
+        packed = words.contiguous().reshape(-1).view(torch.uint8).reshape(*words.shape[:-1], 4 * words.shape[-1])
+        return unpack(packed, bits, 8 * packed.shape[-1] // bits)[..., :n]
     per = 32 // bits
     runs = (words.long()[..., None] >> (bits * torch.arange(per))) & ((1 << bits) - 1)
     return runs.flatten(-2)[..., :n].to(torch.uint8)
