@@ -3,8 +3,8 @@
     python benchmarks/memory.py [--keep FOLDER] [--layers 22]
 
 The checkpoint (4 GB) is written a tensor at a time. Each command runs as a process of its own; what is printed is the
-most memory that was resident in it, and its time, beside what it takes to read the checkpoint and to write as many bytes
-as the result has.
+most memory that was resident in it, and its time, beside what it takes to read the checkpoint and to write as many
+bytes as the result has.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class Block:
         feed.floats = given
 
     def _sound(self, given: list[Tensor]) -> list[Tensor]:
-        """What the block gives. Raises InputError for NaN and infinity, and names the weight that has them if one has."""
+        """What the block gives. Raises InputError for NaN and infinity, and names a weight that has them."""
         if not all(x.isfinite().all() for x in given):
             for name, f in self.formats.items():
                 finite(name, self.ops[name], f)
