@@ -125,6 +125,7 @@ def formats(config: Mapping[str, Any], names: set[str], get: Get) -> dict[str, t
         group = inputs // scales.shape[0]
         if bits not in _BITS or inputs % scales.shape[0]:
             raise InputError(f"{name}: of its shapes no number of 2, 4 or 8 bits can be made out.")
+        zeros = typed(f"{name}.qzeros", zeros, (torch.int32,), (scales.shape[0], scales.shape[1] // per))
         zero = _zeros(zeros, bits, scales.shape[1], layout == "gptq")
         symmetric = bool((zero == 1 << (bits - 1)).all())
         group_name = "channel" if group == inputs else f"g{group}"

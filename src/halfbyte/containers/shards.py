@@ -86,14 +86,12 @@ class Shards:
                 raise InputError(f"{file}: the tensor {name!r} of the shape {shape} holds no {at + 1}.")
             size = (end - begin) // shape[0]
             begin, end, shape = begin + at * size, begin + (at + 1) * size, shape[1:]
-        data = bytearray(end - begin)
+        data = torch.empty(end - begin, dtype=torch.uint8)
         with open(file, "rb") as f:  # buffered: a raw read ends after 2 GiB
             f.seek(begin)
-            if f.readinto(data) != len(data):
+            if f.readinto(data.numpy().data) != end - begin:
                 raise InputError(f"{file}: it ends inside the tensor {name!r}.")
-        if not data:
-            return torch.empty(shape, dtype=_DTYPES[dtype])
-        return torch.frombuffer(data, dtype=torch.uint8).view(_DTYPES[dtype]).reshape(shape)
+        return data.view(_DTYPES[dtype]).reshape(shape)
 
     def sha256(self) -> str:
         """Of the files' contents, in the order of their names."""
