@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers import compressed_fp4 as fp4
-from halfbyte.containers.words import from_words, to_words, typed
+from halfbyte.containers.words import from_words, to_words, typed, words_of
 from halfbyte.errors import InputError
 from halfbyte.formats import FORMATS, SOURCE, Float8, Format, Integers
 from halfbyte.qtensor import QParams, QTensor, check_parts, pack
@@ -53,7 +53,7 @@ def encode(name: str, q: QTensor, input: Format | None = None) -> dict[str, Tens
     if _layout(f, input) == "int-quantized":
         # two's complement is the offset code with its highest bit turned
         return {f"{name}.weight": (q.codes ^ 128).view(torch.int8), **out}
-    out[f"{name}.weight_packed"] = to_words(q.codes, f.bits)
+    out[f"{name}.weight_packed"] = words_of(q)
     out[f"{name}.weight_shape"] = torch.tensor(q.shape)
     if "zero" in q.parts:
         zero = q.parts["zero"]

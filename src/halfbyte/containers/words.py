@@ -6,21 +6,32 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import InputError
-from halfbyte.qtensor import pack, unpack
+from halfbyte.qtensor import QTensor, pack, unpack
 
 _WHOLE = (2, 4, 8)  # bits of which none of a word is left over: its bytes, the first lowest, are those of `pack`
 
 
 def to_words(codes: Tensor, bits: int) -> Tensor:
     """uint8 (..., n) -> int32 (..., ceil(n / per)): `per` = 32 // bits codes a word."""
-    per = 32 // bits
-    whole = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per))
     if bits in _WHOLE:
-        packed = pack(whole, bits).contiguous()
-        return packed.reshape(-1).view(torch.int32).reshape(*codes.shape[:-1], whole.shape[-1] // per)
-    runs = whole.unflatten(-1, (-1, per)).long()
+        return _bytes_as_words(pack(codes, bits))
+    per = 32 // bits
+    runs = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per)).unflatten(-1, (-1, per)).long()
     word = (runs << (bits * torch.arange(per))).sum(-1)
     return torch.where(word >= 1 << 31, word - (1 << 32), word).to(torch.int32)
+
+
+def words_of(q: QTensor) -> Tensor:
+    """The same of all codes of a tensor."""
+    packed = q.canonical().parts["codes"]
+    assert isinstance(packed, Tensor)
+    return _bytes_as_words(packed) if q.format.bits in _WHOLE else to_words(q.codes, q.format.bits)
+
+
+def _bytes_as_words(packed: Tensor) -> Tensor:
+    """Of `pack`, in rows that are filled up to whole words."""
+    rows = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 4)).contiguous()
+    return rows.reshape(-1).view(torch.int32).reshape(*packed.shape[:-1], rows.shape[-1] // 4)
 
 
 def from_words(words: Tensor, bits: int, n: int) -> Tensor:
