@@ -170,6 +170,8 @@ inline bool load_piece(const Fit& f, int64_t group, Piece& p) {
 
 // ---- grids without a zero: sixteen groups side by side, a group a lane, so that nothing is summed across.
 
+constexpr int64_t WIDEST = 4096;  // numbers of a group: sixteen of them, with what they weigh, stay in a cache
+
 struct Lanes {
     static constexpr int64_t RUN = 32;  // numbers that are summed at a time: what is saved is small beside the sums
     int64_t n = 0;
@@ -263,7 +265,7 @@ bool fit_side_by_side(const Fit& f, int64_t begin, int64_t end) {
 }
 
 bool fit_groups(const Fit& f, int64_t begin, int64_t end) {
-    if (f.grid->zero == Grid::none) return fit_side_by_side(f, begin, end);
+    if (f.grid->zero == Grid::none && f.group <= WIDEST) return fit_side_by_side(f, begin, end);
     const int64_t room = ceil_div(f.group, 16) * 16;
     Piece p;
     p.x = (float*)scratch(0, (size_t)(2 * room) * sizeof(float)), p.w = p.x + room;
