@@ -87,6 +87,20 @@ def begin(target: Path, overwrite: bool = False, resume: bool = False) -> Path:
     return partial
 
 
+@contextmanager
+def before(target: Path, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:
+    """Yields the CHECKPOINT of `target.partial`, for work that comes before what is written. What is refused leaves none
+    behind, unless an earlier try did. Raises InputError as `begin` does."""
+    partial = begin(target, overwrite, resume)
+    earlier = (partial / CHECKPOINT).exists()
+    try:
+        yield partial / CHECKPOINT
+    except InputError:
+        if not earlier:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

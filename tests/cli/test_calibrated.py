@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from halfbyte import run
+from halfbyte import models, run
 from halfbyte.layers import Linear, ops
 from matrices import as_gguf, entries
 from miniatures import folder
@@ -113,6 +113,18 @@ def test_what_is_asked_for_and_not_had_or_not_used_is_said(halfbyte, refused, ti
     refused("quantize", tiny_llama, "--to", "W4A16", "--transform", "awq", "--untie", *out, words="--untie")
     text_of_2 = ("--solver", "gptq", "--calibration", text, "--max-length", 2)
     refused("quantize", tiny_llama, "--to", "W4A16", *text_of_2, *out, words="--max-length 2")
+
+
+@pytest.mark.parametrize(("to", "out"), [("Q4_0", "o.gguf"), ("int4-g32", "o")])
+def test_a_model_that_overflows_leaves_nothing_behind(refused, tmp_path, text, to, out):
+    model = models.load(folder(tmp_path / "m", words=True))
+    up = dict(ops(model.model))["model.layers.1.mlp.up_proj"].weight
+    up.store(torch.full(tuple(up.shape), 3e38))
+    (tmp_path / "broken").mkdir()
+    models.save(model, tmp_path / "broken")
+    solver = ("--solver", "gptq", "--calibration", text, "--max-length", 32)
+    refused("quantize", tmp_path / "broken", "--to", to, *solver, "-o", tmp_path / out, words="NaN or infinity")
+    assert not list(tmp_path.glob("o*"))
 
 
 @pytest.mark.parametrize("verb", ["quantize", "plan"])

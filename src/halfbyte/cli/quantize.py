@@ -199,7 +199,7 @@ def _to_file(
 ) -> dict[str, Any]:
     """A tensor at a time where no text is needed, read back by the program that the file is for."""
     from halfbyte import export, solvers
-    from halfbyte.folders import CHECKPOINT, begin
+    from halfbyte.folders import before
     from halfbyte.kinds import kind
     from halfbyte.models import parse_dtype
     from halfbyte.plan import plan, totals
@@ -212,11 +212,11 @@ def _to_file(
     say(f"{model} -> {name} by {solvers.solver(found.solver).says}:")
     show_plan(entries)
     announce(first, Run(loaded))
-    work = begin(output, overwrite, resume) / CHECKPOINT
-    if made is None:
-        job = export.job(loaded, target, to, True, found, revision, say, progress("block"), work, first)
-    else:
-        job = export.prepare(made.loaded, target, None, False, say)
+    with before(output, overwrite, resume) as work:
+        if made is None:
+            job = export.job(loaded, target, to, True, found, revision, say, progress("block"), work, first)
+        else:
+            job = export.prepare(made.loaded, target, None, False, say)
     job.on_tensor = progress("tensor")
     done = export.export(model, job, target, output, None if no_verify else export.Proof(), overwrite, say, True)
     n, before, _ = totals(entries)
