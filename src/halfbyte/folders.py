@@ -89,8 +89,8 @@ def begin(target: Path, overwrite: bool = False, resume: bool = False) -> Path:
 
 @contextmanager
 def before(target: Path, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:
-    """Yields the CHECKPOINT of `target.partial`, for work that comes before what is written. What is refused leaves none
-    behind, unless an earlier try did. Raises InputError as `begin` does."""
+    """Yields the CHECKPOINT of `target.partial`, for work that comes before what is written. What is refused leaves
+    none behind, unless an earlier try did. Raises InputError as `begin` does."""
     partial = begin(target, overwrite, resume)
     earlier = (partial / CHECKPOINT).exists()
     try:
