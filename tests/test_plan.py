@@ -141,6 +141,9 @@ def test_matrices_of_layers_that_are_no_ops_are_never_left_out_in_silence():
     model = swap(Bilinear())
     with pytest.raises(InputError, match=r"form\.weight"):
         plan(model, scheme("W8A16"))
+    several = nn.ModuleDict({n: nn.ModuleList([Bilinear() for _ in range(3)]) for n in "abcd"})
+    with pytest.raises(InputError, match=r"a\.\*\.form.*, b\.\*\.form.*, c\.\*\.form.*, d\.\*\.form"):  # every kind
+        plan(swap(several), scheme("W8A16"))
     (kept,) = [e for e in plan(model, custom([{"match": "form.*"}, {"match": ".*", "weight": "int8-channel"}]))
                if e.name == "form.weight"]  # fmt: skip
     assert kept.after is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -86,10 +87,11 @@ def plan(model: nn.Module, chosen: Scheme | Mix) -> list[Entry]:
         kept = e.role == "convolution" and not scheme.alone  # no folder of others has a place for what rounds them
         out.append(_with(e, rule.weight, None if kept else rule.input, rule.why))
     if unnamed:
+        alike = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", n) for n in unnamed)  # those of all layers once
         raise InputError(
             f"scheme {scheme.name} would leave {len(unnamed)} weights in {_dtype(torch.bfloat16)} or more without "
-            f"saying so: {', '.join(unnamed[:3])}{' ...' if len(unnamed) > 3 else ''}. halfbyte does not quantize "
-            "that kind of layer yet; a recipe's scheme can keep them with a rule that names them."
+            f"saying so: {', '.join(alike)}. halfbyte does not quantize that kind of layer yet; a recipe's scheme can "
+            "keep them with a rule that names them."
         )
     return out
 
