@@ -51,7 +51,7 @@ class Peer:
 AT_4_BITS = (
     Ours(f"uint4-g{GROUP}-affine", "gptq"), Ours(f"uint4-g{GROUP}-affine", "autoround", rows=64),
     Ours(f"int4-g{GROUP}", "autoround", rows=256),
-    Ours(f"int4-g{GROUP}", "gptq", rows=64), Ours(f"int4-g{GROUP}", "gptq", rows=256),
+    Ours(f"int4-g{GROUP}", "gptq", rows=256),
     Ours(f"int4-g{GROUP}", "gptq", ("hadamard",)), Ours(f"int4-g{GROUP}", "gptq", ("hadamard",), rows=256),
     Peer("bitsandbytes", 4), Peer("plain", 4),
 )  # fmt: skip
@@ -60,7 +60,7 @@ SECTIONS: dict[str, tuple[Ours | Peer, ...]] = {
         Ours(f"int{bits}-g{GROUP}", "rtn"), Ours(f"uint{bits}-g{GROUP}-affine", "hqq"), Peer("hqq", bits),
         Ours(f"int{bits}-g{GROUP}", "gptq"), Peer("llmcompressor", bits),
         Peer("autoround", bits, iterations=50, rows=32), Ours(f"int{bits}-g{GROUP}", "autoround", rows=64),
-        *(AT_4_BITS if bits == 4 else ()),
+        Ours(f"int{bits}-g{GROUP}", "gptq", rows=64), *(AT_4_BITS if bits == 4 else ()),
     )
     for bits in (4, 3, 2)
 }  # fmt: skip
