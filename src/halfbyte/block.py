@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from halfbyte.errors import InputError
 from halfbyte.feed import Feed, moments_of, watching
 from halfbyte.formats import Format
+from halfbyte.kernels import rounding
 from halfbyte.kernels.half import few_bits
 from halfbyte.layers import Op
 from halfbyte.qtensor import QTensor
@@ -173,8 +173,6 @@ def _told(sites: Mapping[str, Site], known: Mapping[str, Moments]) -> dict[str, 
 
 def finite(name: str, op: Op, f: Format) -> Op:
     """The op. Raises InputError if its weight holds what no code stands for."""
-    w = op.weight.value()
-    # the sum is a fast pass, and only where it is no number the slow look is needed
-    if not w.sum(dtype=torch.float32).isfinite() and not w.isfinite().all():
+    if not rounding.finite(op.weight.value()):
         raise InputError(f"{name}.weight holds NaN or infinity, which has no code in {f.name}.")
     return op

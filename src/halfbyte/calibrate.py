@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,24 +19,30 @@ from halfbyte.formats import Format
 from halfbyte.kernels.half import few_bits
 from halfbyte.layers import ops
 from halfbyte.matters import directions
-from halfbyte.models import blocks
+from halfbyte.models import Kept, blocks
 from halfbyte.qtensor import QTensor
 from halfbyte.solvers import SOLVERS, Moments, Solver
 
-__all__ = ["IN_MEMORY", "TOGETHER", "Store", "finite", "freeze", "inputs", "moments"]
+__all__ = ["IN_MEMORY", "TOGETHER", "InMemory", "Store", "finite", "freeze", "inputs", "moments"]
 
 
+@dataclass(frozen=True)
 class InMemory:
-    """The whole model is there, and stays."""
+    """The whole model is there, and stays. kept: where codes go to, if anywhere, so that a killed run goes on."""
+
+    kept: Kept | None = None
 
     def bring(self, prefix: str) -> None: ...
 
     def passing(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def found(self, prefix: str, formats: Mapping[str, Format]) -> dict[str, QTensor] | None: ...
+    def found(self, prefix: str, formats: Mapping[str, Format]) -> dict[str, QTensor] | None:
+        return None if self.kept is None else self.kept.found(prefix, formats)
 
-    def keep(self, prefix: str, codes: Mapping[str, QTensor]) -> None: ...
+    def keep(self, prefix: str, codes: Mapping[str, QTensor]) -> None:
+        if self.kept is not None:
+            self.kept.keep(prefix, codes)
 
     def let_go(self, prefix: str) -> None: ...
 

@@ -78,12 +78,11 @@ def begin(target: Path, overwrite: bool = False, resume: bool = False) -> Path:
         raise InputError(
             f"{partial} holds the checkpoint of an interrupted run: add --resume to go on, --overwrite to begin anew."
         )
-    if partial.exists():
-        for left in partial.iterdir():
-            if not (resume and left.name.startswith(CHECKPOINT)):  # or its ".new", see resume.py
-                _remove(left)
-        if not resume:
-            partial.rmdir()
+    if partial.exists() and not resume:
+        shutil.rmtree(partial)
+    for left in partial.iterdir() if partial.exists() else ():
+        if not left.name.startswith(CHECKPOINT):  # or its ".new", see resume.py
+            _remove(left)
     return partial
 
 
@@ -92,11 +91,19 @@ def before(target: Path, overwrite: bool = False, resume: bool = False) -> Itera
     """Yields the CHECKPOINT of `target.partial`, for work that comes before what is written. What is refused leaves
     none behind, unless an earlier try did. Raises InputError as `begin` does."""
     partial = begin(target, overwrite, resume)
+    with _swept(partial):
+        yield partial / CHECKPOINT
+
+
+@contextmanager
+def _swept(partial: Path) -> Iterator[None]:
+    """Removes an unfinished folder when the block raises, unless it holds a CHECKPOINT to go on from, and not from what
+    was refused."""
     earlier = (partial / CHECKPOINT).exists()
     try:
-        yield partial / CHECKPOINT
-    except InputError:
-        if not earlier:
+        yield
+    except BaseException as e:
+        if not (partial / CHECKPOINT).exists() or (isinstance(e, InputError) and not earlier):
             shutil.rmtree(partial, ignore_errors=True)
         raise
 
@@ -130,14 +137,10 @@ def whole(target: Path, overwrite: bool = False, resume: bool = False) -> Iterat
     exists and `overwrite` is not set.
     """
     partial = begin(target, overwrite, resume)
-    target, earlier = target.resolve(), (partial / CHECKPOINT).exists()
+    target = target.resolve()
     partial.mkdir(parents=True, exist_ok=True)
-    try:
+    with _swept(partial):
         yield partial
-    except BaseException as e:
-        if not (partial / CHECKPOINT).exists() or (isinstance(e, InputError) and not earlier):
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
     shutil.rmtree(partial / CHECKPOINT, ignore_errors=True)
     if target.exists():
         # the old result goes only once the new one is complete

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from halfbyte import kernels
 from halfbyte.errors import InputError
 from halfbyte.formats import Format
+from halfbyte.kernels.rounding import finite
 from halfbyte.layers import Codes, Grid, Op, RoundsInputs, ops, swap, weights
 from halfbyte.observe import observe
 from halfbyte.plan import Entry, plan
@@ -108,7 +109,7 @@ def _planned(m: nn.Module, to: Any, batches: list[Any]) -> tuple[nn.Module, Chos
     by_name = {f"{name}.weight": op for name, op in ops(m)}
     entries = [e for e in plan(m, chosen.everywhere()) if e.after is not None]
     for e in entries:
-        if not by_name[e.name].weight.value().isfinite().all():
+        if not finite(by_name[e.name].weight.value()):
             raise InputError(f"{e.name} holds NaN or infinity, which has no code in {e.after}.")
     return m, {e.name.removesuffix(".weight"): (by_name[e.name], e) for e in entries}
 

@@ -87,13 +87,18 @@ def plan(model: nn.Module, chosen: Scheme | Mix) -> list[Entry]:
         kept = e.role == "convolution" and not scheme.alone  # no folder of others has a place for what rounds them
         out.append(_with(e, rule.weight, None if kept else rule.input, rule.why))
     if unnamed:
-        alike = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", n) for n in unnamed)  # those of all layers once
+        alike = dict.fromkeys(numberless(n) for n in unnamed)
         raise InputError(
             f"scheme {scheme.name} would leave {len(unnamed)} weights in {_dtype(torch.bfloat16)} or more without "
             f"saying so: {', '.join(alike)}. halfbyte does not quantize that kind of layer yet; a recipe's scheme can "
             "keep them with a rule that names them."
         )
     return out
+
+
+def numberless(name: str) -> str:
+    """The same for names that differ by a number, such as those of all layers."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def _grouped(scheme: Scheme, e: Entry) -> bool:

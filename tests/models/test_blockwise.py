@@ -182,7 +182,7 @@ def test_a_command_killed_while_it_writes_goes_on_to_the_same_bytes(tmp_path, te
 
 def test_norms_and_positions_come_and_go_with_their_block(tmp_path):
     loaded = models.load(folder(tmp_path / "m", "gpt2", words=True), weights=False)
-    blockwise = models.Blockwise(loaded, tmp_path / "work", {})
+    blockwise = models.Blockwise(models.Kept(loaded, tmp_path / "work", {}))
     inside = [n for n, _ in loaded.model.named_parameters() if n.startswith("transformer.h.1.")]
     here = dict(loaded.model.named_parameters())
     assert all(here[n].device.type == "meta" for n in inside)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -150,9 +149,11 @@ def _say_try(found: Try) -> None:
 
 def show(choice: Choice, costs: Costs) -> None:
     """The choice as a table, a line for weights whose names differ by a number."""
+    from halfbyte.plan import numberless
+
     classes: dict[str, list[str]] = {}
     for name in choice.options:
-        classes.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
+        classes.setdefault(numberless(name), []).append(name)
     say(f"  {'weights':42} {'MB':>8} {'predicted KL':>13}  formats")
     for pattern, names in classes.items():
         found = [choice.options[n] for n in names]

@@ -9,6 +9,12 @@ from halfbyte.formats import Float8, Format, Integers, Table
 from halfbyte.qtensor import QParams
 
 
+def finite(w: Tensor) -> bool:
+    """Whether w holds neither NaN nor infinity. The sum is one fast pass that catches both; only where it is not finite
+    is the slow look needed."""
+    return bool(w.sum(dtype=torch.float32).isfinite()) or bool(w.isfinite().all())
+
+
 def normalize(rows: Tensor, f: Format, p: QParams) -> Tensor:
     """(groups, n) -> what is rounded: w / scale, or (w - zero) / scale. A scale of 0 gives 0."""
     scale = p.scale.reshape(-1, 1)

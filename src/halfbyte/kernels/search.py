@@ -9,7 +9,7 @@ from torch import Tensor
 
 from halfbyte.errors import InputError
 from halfbyte.formats import Float8, Format, Integers, Table
-from halfbyte.kernels.rounding import normalize, round_to_grid
+from halfbyte.kernels.rounding import finite, normalize, round_to_grid
 from halfbyte.qtensor import QParams, grid_values, grouped
 
 _CHUNK = 1 << 19  # elements searched at a time: the temporaries stay in the cache
@@ -28,8 +28,7 @@ def qparams(w: Tensor, f: Format, how: str | None = None, weight: Tensor | None 
     infinity, or an unknown `how`.
     """
     how = how or f.search
-    # the sum is one fast pass and catches NaN and infinity; only where it is not finite is the slow look needed
-    if not w.sum(dtype=torch.float32).isfinite() and not w.isfinite().all():
+    if not finite(w):
         raise InputError(f"cannot quantize to {f.name}: the tensor of shape {tuple(w.shape)} holds NaN or infinity.")
     shape = f.groups(tuple(w.shape))
     rows = grouped(w, f)

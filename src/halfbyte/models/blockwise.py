@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,22 +50,15 @@ def read(shards: Shards, like: QTensor, name: str) -> QTensor:
 
 
 class Kept:
-    """The codes of a model's blocks, a file a block, so that a killed run goes on from there. The model is in memory.
+    """The codes of a model's blocks, a file a block, so that a killed run goes on from there.
 
-    settings: what the codes depend on. Raises InputError if the folder was begun with other ones. See
-    halfbyte.calibrate.Store.
+    settings: what the codes depend on. Raises InputError if the folder was begun with other ones. `found` and `keep`
+    are as in halfbyte.calibrate.Store.
     """
 
     def __init__(self, loaded: Loaded, folder: Path, settings: Mapping[str, Any]) -> None:
         self.loaded, self.folder = loaded, folder
         _begin(folder, settings)
-
-    def bring(self, prefix: str) -> None: ...
-
-    def passing(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def let_go(self, prefix: str) -> None: ...
 
     def found(self, prefix: str, formats: Mapping[str, Format]) -> dict[str, QTensor] | None:
         file = self.file(prefix)
@@ -94,11 +87,12 @@ class Kept:
 
 class Blockwise:
     """Where the weights of a model are that was loaded with weights=False: on disk, but for the block at work. Its
-    codes are Kept, and read from there."""
+    codes are kept, and read from there."""
 
-    def __init__(self, loaded: Loaded, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, kept: Kept) -> None:
+        self.loaded, self.kept = kept.loaded, kept
+        loaded = kept.loaded
         assert loaded.checkpoint is not None
-        self.loaded, self.kept = loaded, Kept(loaded, folder, settings)
         self.solved = Solved(loaded.checkpoint.source)
         loaded.checkpoint = self.checkpoint = Checkpoint(self.solved)
         self._prefixes = [prefix for prefix, _ in blocks(loaded.model)]

@@ -15,6 +15,7 @@ from halfbyte.containers import Container, container_for
 from halfbyte.containers.shards import write_shards
 from halfbyte.errors import InputError
 from halfbyte.formats import Format
+from halfbyte.kernels.rounding import finite
 from halfbyte.layers import Codes, Conv, Linear, Op, ops
 from halfbyte.models.blockwise import Solved
 from halfbyte.models.checkpoint import Folder
@@ -108,14 +109,14 @@ def rounded(name: str, value: Value, f: Format) -> QTensor:
         if value.format == f:
             return value
         value = value.dequantize()
-    if not value.isfinite().all():
+    if not finite(value):
         raise InputError(f"{name} holds NaN or infinity, which has no code in {f.name}.")
     return kernels.quantize(value, f)
 
 
 def cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     """A value in a dtype. Raises InputError for NaN and infinity, and for numbers that the dtype does not hold."""
-    if not value.isfinite().all():
+    if not finite(value):
         raise InputError(f"{name} holds NaN or infinity.")
     out = value.to(dtype)
     if not out.isfinite().all():

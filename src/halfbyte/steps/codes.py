@@ -230,4 +230,5 @@ class Freeze(Calibrated):
             "imatrix": None if self.imatrix is None else models.identity(Path(self.imatrix)),
             "transforms": run.notes.get("transforms"),
         }  # fmt: skip
-        return (models.Blockwise if run.from_disk else models.Kept)(run.loaded, self.work, settings)
+        kept = models.Kept(run.loaded, self.work, settings)
+        return models.Blockwise(kept) if run.from_disk else calibrate.InMemory(kept)
