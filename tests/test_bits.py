@@ -124,6 +124,32 @@ def test_a_limit_that_nothing_meets_gives_the_nearest(made):
     assert best.as_dict()["kl_mean"] == best.kl
 
 
+def test_a_climb_takes_what_one_before_it_kept(made, tmp_path):
+    out, rows, costs = made
+    held = bits.held_out(out, TEXT, 64)
+    settings = (out, costs, 0.5 * kl(out, "int4-g64", held), held, {"calibration": rows}, tmp_path)
+    best = bits.Climb(*settings)(("rtn", "gptq"))
+    there = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.safetensors")}
+    assert {f.parent.name for f in there} >= {"try-1", "try-2"}
+    again = bits.Climb(*settings)(("rtn", "gptq"))
+    assert {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.safetensors")} == there
+    assert again.as_dict() == best.as_dict()
+    codes, same = ({n: op.weight.stored.q for n, op in ops(t.run.model) if op.weight.format} for t in (best, again))
+    assert codes.keys() == same.keys()
+    assert all(torch.equal(codes[n].dequantize(), same[n].dequantize()) for n in codes)
+
+
+def test_costs_that_are_kept_are_not_measured_again_and_others_are_refused(made, tmp_path, monkeypatch):
+    out, rows, costs = made
+    first = bits.Measured(calibration=TEXT, max_length=64, work=tmp_path).costs(out, costs.footprint, rows)
+    monkeypatch.setattr(bits.sensitivity, "fishers", None)
+    again = bits.Measured(calibration=TEXT, max_length=64, work=tmp_path).costs(out, costs.footprint, rows)
+    assert again.losses == first.losses == costs.losses
+    fewer = replace(rows, rows=rows.rows[:1], sha256="other")
+    with pytest.raises(InputError, match=r"--resume: .* begun with text"):
+        bits.Measured(calibration=TEXT, max_length=64, work=tmp_path).costs(out, costs.footprint, fewer)
+
+
 def test_what_is_shared_is_not_copied(made):
     out = made[0]
     other = bits.sharing(out)

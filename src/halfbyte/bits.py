@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from halfbyte import allocate, data, evaluate, kv_cache, models, self_samples, sensitivity
+from halfbyte.containers.shards import read_json
 from halfbyte.errors import InputError
-from halfbyte.folders import FILES
+from halfbyte.folders import FILES, check_begun
 from halfbyte.footprint import Footprint, footprint, usual
 from halfbyte.formats import Format, parse
 from halfbyte.layers import ops
@@ -29,6 +32,7 @@ NEAR = 0.9  # of the limit: what comes so near is not tried to be made smaller
 AIM = 0.97  # of the limit: what is aimed at, since a prediction that is met by half would cost a try
 BETTER = 0.5  # of what rounding to nearest loses, a solver that takes text is first expected to
 WINDOWS = 32  # of a file, that are measured on
+COSTS = "costs.json"
 _KEEP = 2_000_000_000  # bytes of the float model's log-probabilities that are kept between tries
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 Say = Callable[[str], None]
@@ -104,8 +108,10 @@ class Costs:
 
 
 class Measured(Calibrated):
-    """What formats cost, from one backward pass a row of calibration text: of the model itself, if none is given."""
+    """What formats cost, from one backward pass a row of calibration text: of the model itself, if none is given. work:
+    a folder to keep that in, from which the next such step takes it."""
 
+    work: Path | None = None
     on_batch: Any = None
     on_weight: Any = None
 
@@ -122,7 +128,26 @@ class Measured(Calibrated):
         return found
 
     def costs(self, run: Run, sizes: Footprint, rows: data.Dataset) -> Costs:
-        """Of every weight that `sizes` has choices for. The run's weights are floats, all in memory."""
+        """Of every weight that `sizes` has choices for. The run's weights are floats, all in memory. Raises InputError
+        where others are kept."""
+        if self.work is None:
+            return Costs(sizes, self._losses(run, sizes, rows))
+        file, settings = self.work / COSTS, {
+            "weights": models.identity(run.loaded.path), "dtype": str(run.loaded.config.dtype), "seed": run.seed,
+            "formats": {n: [f.name for f in choices] for n, choices in sizes.choices.items()},
+            "text": rows.sha256, "samples": self._most(rows),
+        }  # fmt: skip
+        if file.exists():
+            kept = read_json(file)
+            check_begun(self.work.parent, settings, kept["settings"])
+            return Costs(sizes, kept["losses"])
+        losses = self._losses(run, sizes, rows)
+        self.work.mkdir(parents=True, exist_ok=True)
+        file.with_suffix(".new").write_text(json.dumps({"settings": settings, "losses": losses}))
+        file.with_suffix(".new").rename(file)
+        return Costs(sizes, losses)
+
+    def _losses(self, run: Run, sizes: Footprint, rows: data.Dataset) -> dict[str, dict[str, float]]:
         told = {} if self.on_batch is None else {"on_batch": self.on_batch}
         seen = sensitivity.fishers(run.model, self._batches(run, rows), run.seed, **told)
         shared, by_weight = models.tied(run.model), {}
@@ -134,7 +159,7 @@ class Measured(Calibrated):
             losses[name] = sensitivity.losses(weight, by_weight.get(name) or [usual.of(weight)], formats)
             if self.on_weight is not None:
                 self.on_weight(i + 1, len(sizes.choices))
-        return Costs(sizes, losses)
+        return losses
 
 
 def check(
@@ -179,13 +204,15 @@ class Try:
 
 @dataclass
 class Climb:
-    """The smallest result whose KL to a run is at most `limit`, on `held`. settings: of the Freeze steps."""
+    """The smallest result whose KL to a run is at most `limit`, on `held`. settings: of the Freeze steps. work: a
+    folder to keep the codes of every try in, from which the next such climb takes those that it would find."""
 
     run: Run
     costs: Costs
     limit: float
     held: data.Dataset
     settings: dict[str, Any]
+    work: Path | None = None
     on_try: Callable[[Try], None] = lambda found: None
     tries: list[Try] = field(default_factory=list)
 
@@ -217,7 +244,8 @@ class Climb:
 
     def _try(self, by: str, choice: Choice, reference: evaluate.Reference) -> Try:
         made = sharing(self.run)
-        Freeze(scheme=choice.scheme, solver=by, **self.settings)(made)
+        work = None if self.work is None else self.work / f"try-{len(self.tries) + 1}"
+        Freeze(scheme=choice.scheme, solver=by, work=work, **self.settings)(made)
         found = Try(by, choice, evaluate.measure(made.model, self.held, reference, 1), made)
         found.row.context, found.row.bits_per_weight = max(map(len, self.held.rows)), made.bits_per_weight()
         made.rows.append(("chosen for --max-kl", found.row.as_dict()))

@@ -110,9 +110,13 @@ def test_codes_of_another_shape_are_refused(tmp_path):
         quantized(source, tmp_path / "b", tmp_path / "work")
 
 
-def begun(source, text, *, script=("-m", "halfbyte")):
+TO_A_SCHEME = ("--to", "int4-g32", "--solver", "gptq")
+TO_A_LOSS = ("--max-kl", "1e-3")  # which takes several tries
+
+
+def begun(source, text, *how, script=("-m", "halfbyte")):
     """The command, but for its output."""
-    return [sys.executable, *script, "quantize", str(source), "--to", "int4-g32", "--solver", "gptq",
+    return [sys.executable, *script, "quantize", str(source), *(how or TO_A_SCHEME),
             "--calibration", str(text), "--samples", "2", "--max-length", "32"]  # fmt: skip
 
 
@@ -137,17 +141,26 @@ def text(tmp_path):
     return tmp_path / "t.txt"
 
 
-@pytest.mark.parametrize("first", [(), ("--transform", "awq")])
-def test_a_command_killed_while_it_solves_goes_on_to_the_same_bytes(tmp_path, text, first):
-    source = folder(tmp_path / "m", words=True, num_hidden_layers=24)
-    command = [*begun(source, text), *first]
+def killed_once_there_are(files, pattern, command, tmp_path):
     work = tmp_path / f"killed.partial/{CHECKPOINT}"
     process = subprocess.Popen([*command, "-o", str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
-    while len(list(work.glob("*.safetensors"))) < 3:
+    while len(list(work.glob(pattern))) < files:
         assert process.poll() is None
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("how", [TO_A_SCHEME, (*TO_A_SCHEME, "--transform", "awq")])
+def test_a_command_killed_while_it_solves_goes_on_to_the_same_bytes(tmp_path, text, how):
+    command = begun(folder(tmp_path / "m", words=True, num_hidden_layers=24), text, *how)
+    killed_once_there_are(3, "*.safetensors", command, tmp_path)
+    check_gone_on(command, tmp_path)
+
+
+def test_a_climb_that_is_killed_goes_on_in_the_try_where_it_was(tmp_path, text):
+    command = begun(folder(tmp_path / "m", words=True, num_hidden_layers=12), text, *TO_A_LOSS)
+    killed_once_there_are(3, "try-2/*.safetensors", command, tmp_path)
     check_gone_on(command, tmp_path)
 
 

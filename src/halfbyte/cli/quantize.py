@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,7 +37,10 @@ from halfbyte.cli.transforms import announce
 from halfbyte.errors import InputError
 
 if TYPE_CHECKING:
+    from halfbyte.export import Found
     from halfbyte.run import Run
+    from halfbyte.scheme import Mix, Scheme
+    from halfbyte.solvers import Solver
     from halfbyte.steps import Transform
 
 
@@ -73,12 +77,9 @@ def command(
     json: Json = False,
 ) -> None:
     """Quantize a model after training: into a folder, or a file such as OUT.gguf."""
-    from halfbyte import export, solvers
     from halfbyte.cli.target import Target, choose, wanted
     from halfbyte.data import read_records
-    from halfbyte.folders import FILES, begin, check_free, disk_bytes, finished
-    from halfbyte.scheme import to_scheme
-    from halfbyte.transforms import check_untie
+    from halfbyte.folders import before, check_free, disk_bytes, finished
 
     if resume and finished(output, overwrite):
         say(f"{output} is finished; nothing to do.")
@@ -91,69 +92,108 @@ def command(
     if calibration not in (None, "none", "self"):
         read_records(calibration)  # what is wrong with it is said before the model is read
     text: dict[str, Any] = {"calibration": calibration, "samples": samples, "max_length": max_length}
-    chosen, form = None, to
-    if targeted:
-        target.check(group_size=group_size, transform=transform, imatrix=imatrix, input_search=input_search)
-        begin(output, overwrite, resume)  # what an interrupted run left is refused before the work
-        if resume:
-            say("--resume: what formats cost is measured anew; only blocks with codes are gone on from.")
-        chosen = choose(model, output, target, solver, text, dtype, revision)
-        form, solver, text["calibration"] = chosen.scheme, chosen.solver, chosen.rows
-    solver = solver or "rtn"
-    check_untie(untie, transform or [])
-    if transform and imatrix is not None:
+    asked = Asked(
+        model, output, to, group_size, tuple(transform or ()), untie, solver or "rtn", text, imatrix, input_search,
+        no_verify, dtype, revision, resume, overwrite,
+    )  # fmt: skip
+    if not targeted:
+        summary = _quantize(asked)
+        _say_size(output)
+        if json:
+            emit(summary)
+        return
+    target.check(group_size=group_size, transform=transform, imatrix=imatrix, input_search=input_search)
+    with before(output, overwrite, resume) as work:
+        chosen = choose(model, output, target, solver, text, dtype, revision, work)
+        text = {**text, "calibration": chosen.rows}
+        summary = _quantize(replace(asked, to=chosen.scheme, solver=chosen.solver, text=text, resume=True), chosen.run)
+    _say_size(output)
+    if json:
+        emit({**summary, **chosen.as_dict()})
+    chosen.done(summary["bytes"], target)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the flags say. to: a scheme, or its name. text: calibration, samples and max_length."""
+
+    model: str
+    output: Path
+    to: Any
+    group_size: int | None
+    transform: tuple[str, ...]
+    untie: bool
+    solver: str
+    text: dict[str, Any]
+    imatrix: str | Path | None
+    input_search: str | None
+    no_verify: bool
+    dtype: str | None
+    revision: str | None
+    resume: bool
+    overwrite: bool
+
+
+def _quantize(asked: Asked, made: Run | None = None) -> dict[str, Any]:
+    """Quantizes, or writes what is quantized already: what --json tells of it. Raises InputError."""
+    from halfbyte import export, solvers
+    from halfbyte.folders import FILES, disk_bytes
+    from halfbyte.scheme import to_scheme
+    from halfbyte.transforms import check_untie
+
+    check_untie(asked.untie, list(asked.transform))
+    if asked.transform and asked.imatrix is not None:
         raise InputError(
             "--imatrix and --transform: what a matrix says of inputs no longer holds once they are changed."
         )
-    scheme, by = to_scheme(form, group_size), solvers.solver(solver)
-    form = form if group_size is None else scheme
-    first = _transforms(transform or [], scheme, untie=untie, **text)
-    if calibration not in (None, "none") and not (by.needs_data or by.uses or scheme.static or first):
-        say(f"--calibration is not used: {by.name} takes none.")
-    if samples is not None and not (targeted or by.needs_data or calibration or scheme.static or first):
-        say(f"--samples is not used: {by.name} takes no text unless --calibration gives it some.")
-    if no_verify and output.suffix not in FILES:
-        say("--no-verify is not used: a folder is not read back while it is quantized.")
-    if input_search is not None and not scheme.static:
-        say(f"--input-search is not used: {scheme.name} has no scales of inputs to find.")
-    usual = "minmax" if "smooth" in (transform or []) else export.Found.inputs  # nothing is left that stands out
-    found = export.Found(solver, **text, imatrix=imatrix, inputs=input_search or usual)
-    summary: dict[str, Any] = {"output": str(output), "scheme": scheme.name, "solver": solver}
-    made = None if chosen is None else chosen.run
-    if output.suffix in FILES:
-        summary |= _to_file(model, output, form, found, first, made, no_verify, dtype, revision, resume, overwrite)
+    scheme, by = to_scheme(asked.to, asked.group_size), solvers.solver(asked.solver)
+    first = _transforms(asked, scheme)
+    _say_unused(asked, scheme, by, bool(first))
+    usual = "minmax" if "smooth" in asked.transform else export.Found.inputs  # nothing is left that stands out
+    found = export.Found(asked.solver, **asked.text, imatrix=asked.imatrix, inputs=asked.input_search or usual)
+    form = asked.to if asked.group_size is None else scheme
+    if asked.output.suffix in FILES:
+        told = _to_file(asked, form, found, first, made)
     else:
-        summary |= _to_folder(model, output, scheme, found, first, made, dtype, revision, resume, overwrite)
-    size = disk_bytes(output)
-    say(f"{output}: {size / 1e6:.1f} MB on disk; `halfbyte evaluate` tells what it cost.")
-    if chosen is not None:
-        summary |= chosen.as_dict()
-    if json:
-        emit({**summary, "bytes": size})
-    if chosen is not None:
-        chosen.done(size, target)
+        told = _to_folder(asked, scheme, found, first, made)
+    summary = {"output": str(asked.output), "scheme": scheme.name, "solver": asked.solver}
+    return {**summary, **told, "bytes": disk_bytes(asked.output)}
 
 
-def _transforms(names: list[str], scheme: Any, **settings: Any) -> list[Transform]:
+def _say_unused(asked: Asked, scheme: Scheme | Mix, by: Solver, first: bool) -> None:
+    """What was asked for and nothing uses."""
+    from halfbyte.folders import FILES
+    from halfbyte.steps import is_word
+
+    calibration, takes = asked.text["calibration"], by.needs_data or scheme.static or first
+    if calibration is not None and not is_word(calibration, "none") and not (takes or by.uses):
+        say(f"--calibration is not used: {by.name} takes none.")
+    if asked.text["samples"] is not None and calibration is None and not takes:
+        say(f"--samples is not used: {by.name} takes no text unless --calibration gives it some.")
+    if asked.no_verify and asked.output.suffix not in FILES:
+        say("--no-verify is not used: a folder is not read back while it is quantized.")
+    if asked.input_search is not None and not scheme.static:
+        say(f"--input-search is not used: {scheme.name} has no scales of inputs to find.")
+
+
+def _say_size(output: Path) -> None:
+    from halfbyte.folders import disk_bytes
+
+    say(f"{output}: {disk_bytes(output) / 1e6:.1f} MB on disk; `halfbyte evaluate` tells what it cost.")
+
+
+def _transforms(asked: Asked, scheme: Scheme | Mix) -> list[Transform]:
     """The steps that come before. Raises InputError for an unknown one, or one that cannot be for want of text."""
     from halfbyte.steps import Transform
 
     told = progress("token of the model's own text")
-    return [Transform(name=name, scheme=scheme, on_token=told, **settings) for name in names]
+    named = asked.transform
+    return [Transform(name=n, scheme=scheme, on_token=told, untie=asked.untie, **asked.text) for n in named]
 
 
 def _to_folder(
-    model: str,
-    output: Path,
-    scheme: Any,
-    found: Any,
-    first: list[Transform],
-    made: Run | None,
-    dtype: str | None,
-    revision: str | None,
-    resume: bool,
-    overwrite: bool,
-) -> dict[str, Any]:
+    asked: Asked, scheme: Scheme | Mix, found: Found, first: list[Transform], made: Run | None
+) -> dict[str, Any]:  # fmt: skip
     """A block at a time, from disk to disk, where nothing is done before that needs the whole model."""
     from halfbyte import run, solvers
     from halfbyte.folders import CHECKPOINT, whole
@@ -161,15 +201,15 @@ def _to_folder(
     from halfbyte.steps import Freeze
 
     freeze = Freeze(scheme=scheme, **vars(found))
-    loaded = run.load(model, dtype, revision, weights=False)
+    loaded = run.load(asked.model, asked.dtype, asked.revision, weights=False)
     entries = plan(loaded.model, scheme)
-    say(f"{model} -> {scheme.name} by {solvers.solver(found.solver).says}:")
+    say(f"{asked.model} -> {scheme.name} by {solvers.solver(found.solver).says}:")
     show_plan(entries)
     loaded.holds(scheme)
     announce(first, loaded)
     freeze.on_block, freeze.on_batch = progress("block"), progress("calibration row")
     freeze.on_token = progress("token of the model's own text")
-    with whole(output, overwrite, resume) as partial:
+    with whole(asked.output, asked.overwrite, asked.resume) as partial:
         freeze.work = partial / CHECKPOINT
         for step in first:
             step(loaded)
@@ -179,24 +219,12 @@ def _to_folder(
             loaded = made
         bits = loaded.bits_per_weight()
         loaded.rows.append(("quantized", {"bits_per_weight": bits, "scheme": scheme.name}))
-        loaded.write(partial, output.resolve().name)
+        loaded.write(partial, asked.output.resolve().name)
     n, before, _ = totals(entries)
     return {"parameters": n, "bytes_before": before, "bits_per_weight": bits}
 
 
-def _to_file(
-    model: str,
-    output: Path,
-    to: Any,
-    found: Any,
-    first: list[Transform],
-    made: Run | None,
-    no_verify: bool,
-    dtype: str | None,
-    revision: str | None,
-    resume: bool,
-    overwrite: bool,
-) -> dict[str, Any]:
+def _to_file(asked: Asked, to: Any, found: Found, first: list[Transform], made: Run | None) -> dict[str, Any]:
     """A tensor at a time where no text is needed, read back by the program that the file is for."""
     from halfbyte import export, solvers
     from halfbyte.folders import before
@@ -205,22 +233,23 @@ def _to_file(
     from halfbyte.plan import plan, totals
     from halfbyte.run import Run
 
-    target = kind(None, output)
-    loaded = export.read(model, parse_dtype(dtype), revision)
+    target, model = kind(None, asked.output), asked.model
+    loaded = export.read(model, parse_dtype(asked.dtype), asked.revision)
     entries = plan(loaded.model, export.chosen(to))
     name = to if isinstance(to, str) else to.name
     say(f"{model} -> {name} by {solvers.solver(found.solver).says}:")
     show_plan(entries)
     announce(first, Run(loaded))
-    with before(output, overwrite, resume) as work:
+    with before(asked.output, asked.overwrite, asked.resume) as work:
         if made is None:
-            job = export.job(loaded, target, to, True, found, revision, say, progress("block"), work, first)
+            job = export.job(loaded, target, to, True, found, asked.revision, say, progress("block"), work, first)
         else:
             job = export.prepare(made.loaded, target, None, False, say)
     job.on_tensor = progress("tensor")
-    done = export.export(model, job, target, output, None if no_verify else export.Proof(), overwrite, say, True)
-    n, before, _ = totals(entries)
+    proof = None if asked.no_verify else export.Proof()
+    done = export.export(model, job, target, asked.output, proof, asked.overwrite, say, True)
+    n, before_it, _ = totals(entries)
     return {
-        "parameters": n, "bytes_before": before, "read_back": bool(done.rows),
+        "parameters": n, "bytes_before": before_it, "read_back": bool(done.rows),
         "ledger": done.ledger,
     }  # fmt: skip

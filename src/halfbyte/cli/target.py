@@ -92,15 +92,15 @@ class Chosen:
 
 def choose(
     model: str, output: Path, target: Target, solver: str | None, text: Mapping[str, Any], dtype: str | None,
-    revision: str | None,
+    revision: str | None, work: Path,
 ) -> Chosen:  # fmt: skip
-    """Chooses, and says so. text: calibration, samples and max_length. Raises InputError before weights are read for
-    what cannot be."""
+    """Chooses, and says so. text: calibration, samples and max_length. work: where to keep what is found on the way.
+    Raises InputError before weights are read for what cannot be."""
     from halfbyte import bits, run, solvers
 
     by = solvers.solver(solver or "gptq").name
     formats = bits.candidates(target.formats, output.suffix)
-    measured = bits.Measured(**text, on_batch=progress("row of text"), on_weight=progress("weight"))
+    measured = bits.Measured(**text, work=work, on_batch=progress("row of text"), on_weight=progress("weight"))
     measured.on_token = progress("token of the model's own text")
     loaded = run.load(model, dtype, revision, weights=False)
     sizes = bits.check(loaded.loaded, formats, output.suffix == ".gguf", target.bits, target.size)
@@ -110,7 +110,7 @@ def choose(
     rows = measured.rows(loaded)
     costs = measured.costs(loaded, sizes, rows)
     if target.kl is not None:
-        return _climb(loaded, costs, target.kl, target, solver, rows, text)
+        return _climb(loaded, costs, target.kl, target, solver, rows, text, work)
     budget = int(target.bits * sizes.parameters / 8) if target.bits is not None else bits.parse_size(target.size or "")
     choice = costs.within(budget)
     show(choice, costs)
@@ -118,15 +118,16 @@ def choose(
 
 
 def _climb(
-    loaded: Run, costs: Costs, limit: float, target: Target, solver: str | None, rows: Dataset, text: Mapping[str, Any]
-) -> Chosen:
+    loaded: Run, costs: Costs, limit: float, target: Target, solver: str | None, rows: Dataset, text: Mapping[str, Any],
+    work: Path,
+) -> Chosen:  # fmt: skip
     from halfbyte import bits
 
     held = bits.held_out(loaded, target.data, text["max_length"], progress("token to measure on"))
     where = "text that the model writes itself, not that of calibration" if target.data is None else target.data
     say(f"KL is measured on {held.tokens} tokens of {where}")
     settings = {"calibration": rows, "samples": text["samples"]}
-    climb = bits.Climb(loaded, costs, limit, held, settings, on_try=_say_try)
+    climb = bits.Climb(loaded, costs, limit, held, settings, work, _say_try)
     best = climb(bits.CLIMB if solver is None else (solver,))
     show(best.choice, costs)
     failed = None
