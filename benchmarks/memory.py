@@ -98,13 +98,12 @@ def main() -> None:
         print(json.dumps({"parameters": parameters, "disk": disk}), flush=True)
         for solver in args.solvers.split(","):
             out = Path(temporary) / solver
-            command = [sys.executable, "-m", "halfbyte", "quantize", str(folder), "--to", "int4-g64", "-o", str(out)]
+            halfbyte, how = [sys.executable, "-m", "halfbyte"], [str(folder), "--to", "int4-g64", "--solver", solver]
             if solver != "rtn":
-                command += ["--solver", solver, "--calibration", str(text), "--samples", str(args.samples)]
-            plan = [*command[:3], "plan", str(folder), "--to", "int4-g64", "--solver", solver]
-            plan += ["--samples", str(args.samples), "--json"]
+                how += ["--calibration", str(text), "--samples", str(args.samples)]
+            plan = [*halfbyte, "plan", *how, "--json"]
             told = json.loads(subprocess.run(plan, capture_output=True, text=True, check=True).stdout)
-            most, seconds = peak(command)
+            most, seconds = peak([*halfbyte, "quantize", *how, "-o", str(out)])
             size = sum(f.stat().st_size for f in out.iterdir())
             line = {"solver": solver, "resident_gb": round(most / 1e9, 3), "target_gb": TARGETS.get(solver, 0) / 1e9,
                     "planned_gb": round(told["peak_memory"] / 1e9, 3), "seconds": round(seconds, 1),

@@ -30,7 +30,8 @@ def words_of(q: QTensor) -> Tensor:
 
 def _bytes_as_words(packed: Tensor) -> Tensor:
     """Of `pack`, in rows that are filled up to whole words."""
-    rows = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 4)).contiguous()
+    left = -packed.shape[-1] % 4
+    rows = (torch.nn.functional.pad(packed, (0, left)) if left else packed).contiguous()  # no copy of what is whole
     return rows.reshape(-1).view(torch.int32).reshape(*packed.shape[:-1], rows.shape[-1] // 4)
 
 
