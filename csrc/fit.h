@@ -1,5 +1,6 @@
-// Where scales come from: the least squared error of each group, weighted, over ranges that are tried; and of a
-// super-block, over the integers that its scales and minima become. See kernels/search.py for what is minimized.
+// Where scales come from: the least squared error of each group, weighted, over ranges that are tried. See
+// kernels/search.py for what is minimized. Sixteen groups are fitted side by side, a group a lane, so that nothing is
+// summed across; of a group that is so wide that sixteen would leave the cache, all lanes are parts of one.
 #pragma once
 #include <cmath>
 
@@ -11,29 +12,25 @@ namespace {
 
 using F = V::F;
 
-inline float total(F f) {
+inline F minus(F x) { return V::sub(V::zero(), x); }
+inline F size(F x) { return V::larger(x, minus(x)); }
+inline F nonzero(F x, F yes, F no) { return V::where_above(size(x), V::zero(), yes, no); }
+inline F over(F x, F y) { return nonzero(y, V::div(x, nonzero(y, y, V::set1(1))), V::zero()); }  // x / y; 0 where y is 0
+inline F rounded(F x) { return V::sub(V::add(x, V::set1(WHOLE)), V::set1(WHOLE)); }
+inline F between(F low, F high, F x) { return V::smaller(high, V::larger(low, x)); }
+
+inline F everywhere(F f) {  // the sum of all lanes
     float part[16];
     V::store(part, f);
     for (int step = 8; step > 0; step /= 2) for (int i = 0; i < step; i++) part[i] += part[i + step];
-    return part[0];
+    return V::set1(part[0]);
 }
 
-struct Piece {  // one group's numbers and what their squared errors weigh, filled up to whole vectors with weights of 0
-    int64_t n = 0;
-    float *x = nullptr, *w = nullptr;
-    float low = 0, high = 0, sum_w = 0, sum_wx = 0;
-};
-
-// What the codes of a piece stand for, before the scale: value(x) is a vector of them. As rounding.h has it, but that a
-// product with the inverse stands for the division, and ties may fall elsewhere: only the choice of a scale hangs on it.
+// What codes stand for, before the scale: value(x) is a vector of them. As rounding.h has it, but that a product with the
+// inverse stands for the division, and ties may fall elsewhere: only the choice of a scale hangs on it.
 struct ToIntegers {
-    F inverse, shift, low, high;  // low <= whole(x * inverse + shift) <= high
-    ToIntegers(F inverse_, F low_, F high_) : inverse(inverse_), shift(V::zero()), low(low_), high(high_) {}
-    ToIntegers(float scale, float shift_, float low_, float high_) : inverse(V::set1(1 / scale)), shift(V::set1(shift_)), low(V::set1(low_)), high(V::set1(high_)) {}
-    F operator()(F x) const {
-        const F limited = V::smaller(V::set1(4e6f), V::larger(V::set1(-4e6f), V::fma(x, inverse, shift)));
-        return V::smaller(high, V::larger(low, V::sub(V::add(limited, V::set1(WHOLE)), V::set1(WHOLE))));
-    }
+    F inverse, shift, low, high;  // low <= whole(x * inverse + shift) <= high, which are whole themselves
+    F operator()(F x) const { return rounded(between(low, high, V::fma(x, inverse, shift))); }
 };
 struct ToTable {
     F inverse;
@@ -48,108 +45,168 @@ struct ToTable {
     }
 };
 
-struct Sums { float vv = 0, vx = 0, v = 0; };  // of w * value^2, w * value * x, w * value
+struct Sums { F vv, vx, v; };  // of w * value^2, w * value * x, w * value
 
-template <class Value> Sums sums(const Piece& p, const Value& value) {
-    F vv = V::zero(), vx = V::zero(), v = V::zero();
-    for (int64_t i = 0; i < p.n; i += 16) {
-        const F x = V::load(p.x + i), q = value(x), wq = V::mul(V::load(p.w + i), q);
-        vv = V::fma(wq, q, vv), vx = V::fma(wq, x, vx), v = V::add(v, wq);
+struct Groups {
+    static constexpr int64_t RUN = 32;  // numbers that are summed at a time: what is saved is small beside the sums
+    int64_t n = 0;                      // numbers of a lane
+    float *x = nullptr, *w = nullptr;   // (n, 16), and what the squared errors weigh
+    bool one = false;                   // whether all lanes are parts of one group
+    F low, high, sum_w, sum_wx;         // of each lane's group
+
+    template <bool with_v, class Value> Sums sums(const Value& value) const {
+        Sums s{V::zero(), V::zero(), V::zero()};
+        for (int64_t first = 0; first < n; first += RUN) {
+            F a = V::zero(), b = V::zero(), c = V::zero();
+            for (int64_t i = first; i < n && i < first + RUN; i++) {
+                const F at = V::load(x + 16 * i), q = value(at), wq = V::mul(V::load(w + 16 * i), q);
+                a = V::fma(wq, q, a), b = V::fma(wq, at, b);
+                if (with_v) c = V::add(wq, c);
+            }
+            s.vv = V::add(s.vv, a), s.vx = V::add(s.vx, b), s.v = V::add(s.v, c);
+        }
+        return one ? Sums{everywhere(s.vv), everywhere(s.vx), everywhere(s.v)} : s;
     }
-    return {total(vv), total(vx), total(v)};
-}
 
-struct Found {
-    float scale = 0, zero = 0, saved = -INFINITY;  // of the squared error of zeros
-    void take(float s, float z, float gain) { if (gain > saved) scale = s, zero = z, saved = gain; }
+    // For integers from -middle to one less than middle, by a scale and by its negative, which turns them round: rounded
+    // once. The second's sums are those of the values turned round.
+    void both(F inverse, float middle, Sums& plain, Sums& turned) const {
+        const F low_ = V::set1(-middle), high_ = V::set1(middle), least = V::set1(1 - middle), most = V::set1(middle - 1);
+        plain = turned = {V::zero(), V::zero(), V::zero()};
+        for (int64_t first = 0; first < n; first += RUN) {
+            F a = V::zero(), b = V::zero(), c = V::zero(), d = V::zero();
+            for (int64_t i = first; i < n && i < first + RUN; i++) {
+                const F at = V::load(x + 16 * i), by = V::load(w + 16 * i), r = rounded(between(low_, high_, V::mul(at, inverse)));
+                const F q = V::smaller(most, r), wq = V::mul(by, q), t = V::larger(least, r), wt = V::mul(by, t);
+                a = V::fma(wq, q, a), b = V::fma(wq, at, b), c = V::fma(wt, t, c), d = V::fma(wt, at, d);
+            }
+            plain.vv = V::add(plain.vv, a), plain.vx = V::add(plain.vx, b);
+            turned.vv = V::add(turned.vv, c), turned.vx = V::add(turned.vx, d);
+        }
+        if (!one) return;
+        plain.vv = everywhere(plain.vv), plain.vx = everywhere(plain.vx);
+        turned.vv = everywhere(turned.vv), turned.vx = everywhere(turned.vx);
+    }
 };
 
-// The best scale for values that are fixed, and with a zero that is added the best of both.
-inline void refit(const Fit& f, const Piece& p, const Sums& s, float zero, Found& best) {
-    if (s.vv <= 0) {  // every code stands for 0
-        float added = p.sum_wx / p.sum_w;
-        if (f.negative && added > 0) added = 0;
-        if (f.grid->zero == Grid::added) best.take(0, added, added * (2 * p.sum_wx - added * p.sum_w));
-        else best.take(0, zero, 0);
-        return;
+struct Best {
+    F scale = V::zero(), zero = V::zero(), saved = V::set1(-INFINITY);  // of the squared error of zeros
+    void take(F s, F z, F gain) {
+        scale = V::where_above(gain, saved, s, scale), zero = V::where_above(gain, saved, z, zero);
+        saved = V::larger(saved, gain);
     }
-    const float plain = s.vx / s.vv;
-    if (f.grid->zero != Grid::added) { best.take(plain, zero, s.vx * plain); return; }
-    const float spread = s.vv - s.v * s.v / p.sum_w;
-    float slope = (s.vx - s.v * p.sum_wx / p.sum_w) / (spread > 0 ? spread : 1.f), added = (p.sum_wx - slope * s.v) / p.sum_w;
-    if (f.negative && added > 0) slope = plain, added = 0;
-    best.take(slope, added, slope * (2 * s.vx - slope * s.vv) + added * (2 * p.sum_wx - 2 * slope * s.v - added * p.sum_w));
+};
+
+// The best scale for values that are fixed; with a zero that is added, the best of both. Where every code stands for 0,
+// so does the scale. tried: lanes where this is 0 or less are left as they are.
+inline void refit(const Fit& f, const Groups& p, const Sums& s, F zero, F tried, Best& best) {
+    const F plain = over(s.vx, s.vv);
+    F scale = plain, gain = V::mul(plain, s.vx);
+    if (f.grid->zero == Grid::added) {
+        const F v_w = V::div(s.v, p.sum_w), spread = V::sub(s.vv, V::mul(s.v, v_w));
+        scale = V::div(V::sub(s.vx, V::mul(v_w, p.sum_wx)), V::where_above(spread, V::zero(), spread, V::set1(1)));
+        zero = V::div(V::sub(p.sum_wx, V::mul(scale, s.v)), p.sum_w);
+        if (f.negative) scale = V::where_above(zero, V::zero(), plain, scale), zero = V::smaller(V::zero(), zero);
+        const F by_scale = V::mul(scale, V::sub(V::add(s.vx, s.vx), V::mul(scale, s.vv)));
+        const F mean = V::sub(p.sum_wx, V::mul(scale, s.v));
+        gain = V::add(by_scale, V::mul(zero, V::sub(V::add(mean, mean), V::mul(zero, p.sum_w))));
+    }
+    best.take(scale, zero, V::where_above(tried, V::zero(), gain, V::set1(-INFINITY)));
 }
 
-inline void try_symmetric(const Fit& f, const Piece& p, float scale, Found& best) {
-    if (scale == 0) return;
+inline ToIntegers integers(const Grid& g, F inverse) { return {inverse, V::zero(), V::set1(-g.middle), V::set1(g.top - g.middle)}; }
+
+inline void try_symmetric(const Fit& f, const Groups& p, F inverse, Best& best) {
     const Grid& g = *f.grid;
-    if (g.kind == Grid::integers) refit(f, p, sums(p, ToIntegers(scale, 0, -g.middle, g.top - g.middle)), 0, best);
-    else refit(f, p, sums(p, ToTable{V::set1(1 / scale), g.bounds, f.steps, f.first, f.values - 1}), 0, best);
+    const Sums s = g.kind == Grid::integers ? p.sums<false>(integers(g, inverse))
+                                            : p.sums<false>(ToTable{inverse, g.bounds, f.steps, f.first, f.values - 1});
+    refit(f, p, s, V::zero(), V::set1(1), best);
 }
 
-inline void try_range(const Fit& f, const Piece& p, float low, float high, Found& best) {
-    const float top = f.grid->top, scale = (high - low) / top;
-    if (!(scale > 0)) return;
-    if (f.grid->zero == Grid::added) { refit(f, p, sums(p, ToIntegers(scale, -low / scale, 0, top)), 0, best); return; }
-    const float z = -low / scale, zero = z < 0 ? 0 : z > top ? top : (z + WHOLE) - WHOLE;
-    refit(f, p, sums(p, ToIntegers(scale, 0, -zero, top - zero)), zero, best);
+inline void try_with_zero(const Fit& f, const Groups& p, F inverse, F zero, F tried, Best& best) {
+    const F top = V::set1(f.grid->top), none = V::zero();
+    if (f.grid->zero == Grid::added) refit(f, p, p.sums<true>(ToIntegers{inverse, V::mul(minus(zero), inverse), none, top}), zero, tried, best);
+    else refit(f, p, p.sums<false>(ToIntegers{inverse, none, minus(zero), V::sub(top, zero)}), zero, tried, best);
+}
+
+inline void try_range(const Fit& f, const Groups& p, F low, F high, Best& best) {
+    const F top = V::set1(f.grid->top), scale = V::div(V::sub(high, low), top), inverse = over(V::set1(1), scale);
+    const F zero = f.grid->zero == Grid::added ? low : rounded(between(V::zero(), top, V::mul(minus(low), inverse)));
+    try_with_zero(f, p, inverse, zero, scale, best);
 }
 
 // Rounds with the best so far, and fits anew: it cannot become worse.
-inline void again(const Fit& f, const Piece& p, Found& best) {
-    for (int round = 0; round < 3 && best.scale != 0; round++) {
-        const float before = best.saved;
-        const Found b = best;
-        if (f.grid->zero == Grid::none) try_symmetric(f, p, b.scale, best);
-        else if (f.grid->zero == Grid::added) refit(f, p, sums(p, ToIntegers(b.scale, -b.zero / b.scale, 0, f.grid->top)), 0, best);
-        else refit(f, p, sums(p, ToIntegers(b.scale, 0, -b.zero, f.grid->top - b.zero)), b.zero, best);
-        if (!(best.saved > before)) return;
+inline void again(const Fit& f, const Groups& p, Best& best) {
+    for (int round = 0; round < 3; round++) {
+        const F before = best.saved, inverse = over(V::set1(1), best.scale);
+        if (f.grid->zero == Grid::none) try_symmetric(f, p, inverse, best);
+        else try_with_zero(f, p, inverse, best.zero, size(best.scale), best);
+        if (!V::differ(before, best.saved)) return;
     }
 }
 
 // The scale of a grid without a zero that covers a group: its extreme on the end that goes furthest.
-inline float covering(const Fit& f, const Piece& p) {
-    const Grid& g = *f.grid;
-    const float extreme = -p.low > p.high ? p.low : p.high;
-    if (g.kind == Grid::table) return std::fabs(extreme) / (g.high > -g.low ? g.high : -g.low);
-    return extreme / (g.middle > 0 ? -g.middle : g.top);
+inline F covering(const Grid& g, const Groups& p) {
+    const F extreme = V::where_above(minus(p.low), p.high, p.low, p.high);
+    if (g.kind == Grid::table) return V::div(size(extreme), V::set1(g.high > -g.low ? g.high : -g.low));
+    return V::div(extreme, V::set1(g.middle > 0 ? -g.middle : g.top));
 }
 
-inline Found fit(const Fit& f, const Piece& p) {
-    Found best;
+inline void fit_symmetric(const Fit& f, const Groups& p, Best& best) {
     const Grid& g = *f.grid;
-    if (g.zero == Grid::none) {
-        const float full = covering(f, p);
-        for (int i = 0; i < f.ratios; i++) {
-            try_symmetric(f, p, full * f.ratio[i], best);
-            if (f.both_signs) try_symmetric(f, p, -full * f.ratio[i], best);
+    const F inverse = over(V::set1(1), covering(g, p));
+    const bool turns = f.both_signs && g.kind == Grid::integers && 2 * g.middle == g.top + 1;
+    for (int i = 0; i < f.ratios; i++) {
+        const F by = V::mul(inverse, V::set1(1 / f.ratio[i]));
+        if (turns) {
+            Sums plain, turned;
+            p.both(by, g.middle, plain, turned);
+            refit(f, p, plain, V::zero(), V::set1(1), best);
+            const F scale = over(turned.vx, turned.vv);
+            best.take(minus(scale), V::zero(), V::mul(scale, turned.vx));
+            continue;
         }
-    } else {
-        const float low = f.widen && p.low > 0 ? 0 : p.low, high = f.widen && p.high < 0 ? 0 : p.high, width = high - low;
+        try_symmetric(f, p, by, best);
+        if (f.both_signs) try_symmetric(f, p, minus(by), best);
+    }
+}
+
+inline Best fit(const Fit& f, const Groups& p) {
+    Best best;
+    const Grid& g = *f.grid;
+    if (g.zero == Grid::none) fit_symmetric(f, p, best);
+    else {
+        const F low = f.widen ? V::smaller(p.low, V::zero()) : p.low, high = f.widen ? V::larger(p.high, V::zero()) : p.high, width = V::sub(high, low);
         for (int i = 0; i < f.ratios; i++) {
             for (int j = 0; j < f.ratios; j++) {
-                const float a = f.ratio[i], b = f.ratio[j];
-                if (g.zero == Grid::integer) try_range(f, p, low * a, high * b, best);
-                else try_range(f, p, low + width * (1 - a) / 2, high - width * (1 - b) / 2, best);
+                const F a = V::set1(f.ratio[i]), b = V::set1(f.ratio[j]), half_a = V::set1((1 - f.ratio[i]) / 2), half_b = V::set1((1 - f.ratio[j]) / 2);
+                if (g.zero == Grid::integer) try_range(f, p, V::mul(low, a), V::mul(high, b), best);
+                else try_range(f, p, V::add(low, V::mul(width, half_a)), V::sub(high, V::mul(width, half_b)), best);
             }
         }
-        if (g.zero == Grid::added && best.saved == -INFINITY) best.take(0, f.negative && low > 0 ? 0 : low, 0);  // all alike
+        if (g.zero == Grid::added) {  // all alike: nothing was tried
+            const F zero = f.negative ? V::smaller(V::zero(), low) : low, none = V::set1(-INFINITY);
+            best.zero = V::where_above(best.saved, none, best.zero, zero);
+        }
     }
     again(f, p, best);
     return best;
 }
 
+struct Piece {  // one group's numbers and what their squared errors weigh, filled up to whole vectors with weights of 0
+    float *x = nullptr, *w = nullptr;
+    float low = 0, high = 0, sum_w = 0, sum_wx = 0;
+};
+
 inline bool load_piece(const Fit& f, int64_t group, Piece& p) {
-    const int64_t first = group * f.group;
+    const int64_t first = group * f.group, room = ceil_div(f.group, 16) * 16;
     int64_t i = 0;
     for (; i + 16 <= f.group; i += 16) {
         const uint8_t* at = f.x + (first + i) * size_of(f.type);
         V::store(p.x + i, f.type == Type::f32 ? V::load((const float*)at) : f.type == Type::bf16 ? V::load_bf16(at) : V::load_f16(at));
     }
     for (; i < f.group; i++) p.x[i] = load_float(f.type, f.x, first + i);
-    p.n = ceil_div(f.group, 16) * 16;
-    for (i = f.group; i < p.n; i++) p.x[i] = 0;
+    for (i = f.group; i < room; i++) p.x[i] = 0;
     bool finite = true;
     p.low = p.high = p.x[0];
     for (i = 0; i < f.group; i++) {
@@ -159,7 +216,7 @@ inline bool load_piece(const Fit& f, int64_t group, Piece& p) {
     }
     const float* told = f.importance ? f.importance + first % f.cols : nullptr;
     p.sum_w = p.sum_wx = 0;
-    for (i = 0; i < p.n; i++) {
+    for (i = 0; i < room; i++) {
         const float w = (f.weigh == Fit::size ? std::fabs(p.x[i]) : 1.f) * (told && i < f.group ? told[i] : 1.f);
         p.w[i] = i < f.group ? w : 0.f;
         p.sum_w += p.w[i], p.sum_wx += p.w[i] * p.x[i];
@@ -168,238 +225,50 @@ inline bool load_piece(const Fit& f, int64_t group, Piece& p) {
     return finite;
 }
 
-// ---- grids without a zero: sixteen groups side by side, a group a lane, so that nothing is summed across.
+// Sixteen groups, `step` apart, of which `count` are there; the others are zeros. piece: room for one.
+inline bool load_groups(const Fit& f, int64_t first, int64_t step, int64_t count, Piece& piece, Groups& out) {
+    float of[4][16];
+    bool finite = true;
+    out.n = f.group, out.one = false;
+    for (int64_t lane = 0; lane < 16; lane++) {
+        const bool there = lane < count;
+        if (there) finite &= load_piece(f, first + lane * step, piece);
+        of[0][lane] = there ? piece.low : 0, of[1][lane] = there ? piece.high : 0;
+        of[2][lane] = there ? piece.sum_w : (float)f.group, of[3][lane] = there ? piece.sum_wx : 0;
+        for (int64_t i = 0; i < f.group; i++) out.x[16 * i + lane] = there ? piece.x[i] : 0, out.w[16 * i + lane] = there ? piece.w[i] : 1;
+    }
+    out.low = V::load(of[0]), out.high = V::load(of[1]), out.sum_w = V::load(of[2]), out.sum_wx = V::load(of[3]);
+    return finite;
+}
+
+inline bool load_one(const Fit& f, int64_t group, Groups& out) {
+    Piece piece{out.x, out.w};
+    const bool finite = load_piece(f, group, piece);
+    out.n = ceil_div(f.group, 16), out.one = true;
+    out.low = V::set1(piece.low), out.high = V::set1(piece.high), out.sum_w = V::set1(piece.sum_w), out.sum_wx = V::set1(piece.sum_wx);
+    return finite;
+}
 
 constexpr int64_t WIDEST = 4096;  // numbers of a group: sixteen of them, with what they weigh, stay in a cache
 
-struct Lanes {
-    static constexpr int64_t RUN = 32;  // numbers that are summed at a time: what is saved is small beside the sums
-    int64_t n = 0;
-    const float *x = nullptr, *w = nullptr;  // (n, 16)
-    F scale = V::zero(), saved = V::set1(-INFINITY);  // the best so far
-
-    void take(F vv, F vx, bool turned) {
-        const F plain = V::where_above(vv, V::zero(), V::div(vx, V::where_above(vv, V::zero(), vv, V::set1(1))), V::zero()), gain = V::mul(plain, vx);
-        scale = V::where_above(gain, saved, turned ? V::sub(V::zero(), plain) : plain, scale);
-        saved = V::larger(saved, gain);
-    }
-
-    template <class Value> void fit(const Value& value) {
-        F vv = V::zero(), vx = V::zero();
-        for (int64_t first = 0; first < n; first += RUN) {
-            F a = V::zero(), b = V::zero();
-            for (int64_t i = first; i < n && i < first + RUN; i++) {
-                const F q = value(V::load(x + 16 * i)), wq = V::mul(V::load(w + 16 * i), q);
-                a = V::fma(wq, q, a), b = V::fma(wq, V::load(x + 16 * i), b);
-            }
-            vv = V::add(vv, a), vx = V::add(vx, b);
-        }
-        take(vv, vx, false);
-    }
-
-    // Integers from -middle to one less than middle, by a scale and by its negative, which turns them round: rounded once.
-    void fit_both(F inverse, float middle) {
-        const F low = V::set1(-middle), high = V::set1(middle), least = V::set1(1 - middle), most = V::set1(middle - 1), whole = V::set1(WHOLE);
-        F vv = V::zero(), vx = V::zero(), turned_vv = V::zero(), turned_vx = V::zero();
-        for (int64_t first = 0; first < n; first += RUN) {
-            F a = V::zero(), b = V::zero(), c = V::zero(), d = V::zero();
-            for (int64_t i = first; i < n && i < first + RUN; i++) {
-                const F at = V::load(x + 16 * i), by = V::load(w + 16 * i);
-                const F r = V::sub(V::add(V::smaller(high, V::larger(low, V::mul(at, inverse))), whole), whole);
-                const F q = V::smaller(most, r), wq = V::mul(by, q), t = V::larger(least, r), wt = V::mul(by, t);
-                a = V::fma(wq, q, a), b = V::fma(wq, at, b), c = V::fma(wt, t, c), d = V::fma(wt, at, d);
-            }
-            vv = V::add(vv, a), vx = V::add(vx, b), turned_vv = V::add(turned_vv, c), turned_vx = V::add(turned_vx, d);
-        }
-        take(vv, vx, false);
-        take(turned_vv, turned_vx, true);
-    }
-
-    F inverse() const {  // of the best scale; 0 where that is 0
-        const F size = V::larger(scale, V::sub(V::zero(), scale));
-        return V::where_above(size, V::zero(), V::div(V::set1(1), V::where_above(size, V::zero(), scale, V::set1(1))), V::zero());
-    }
-};
-
-inline ToIntegers integers(const Grid& g, F inverse) { return {inverse, V::set1(-g.middle), V::set1(g.top - g.middle)}; }
-
-inline void fit_lanes(const Fit& f, Lanes& p, F full) {
-    const Grid& g = *f.grid;
-    p.scale = full;
-    const F inverse = p.inverse();
-    const bool table = g.kind == Grid::table, turns = f.both_signs && !table && 2 * g.middle == g.top + 1;
-    const auto attempt = [&](F by) {
-        if (table) p.fit(ToTable{by, g.bounds, f.steps, f.first, f.values - 1});
-        else p.fit(integers(g, by));
-    };
-    for (int i = 0; i < f.ratios; i++) {
-        const F by = V::mul(inverse, V::set1(1 / f.ratio[i]));
-        if (turns) { p.fit_both(by, g.middle); continue; }
-        attempt(by);
-        if (f.both_signs) attempt(V::sub(V::zero(), by));
-    }
-    for (int round = 0; round < 3; round++) attempt(p.inverse());  // as `again`; where nothing is won nothing changes
-}
-
-bool fit_side_by_side(const Fit& f, int64_t begin, int64_t end) {
-    const int64_t room = ceil_div(f.group, 16) * 16;
-    float* memory = (float*)scratch(0, (size_t)(34 * room) * sizeof(float));
-    Piece p;
-    p.x = memory, p.w = memory + room;
-    float *x = memory + 2 * room, *w = x + 16 * room, full[16], scale[16];
-    bool finite = true;
-    for (int64_t g = begin; g < end; g += 16) {
-        const int64_t count = end - g < 16 ? end - g : 16;
-        for (int64_t lane = 0; lane < 16; lane++) {
-            if (lane < count) finite &= load_piece(f, g + lane, p);
-            full[lane] = lane < count ? covering(f, p) : 0;
-            for (int64_t i = 0; i < f.group; i++) x[16 * i + lane] = lane < count ? p.x[i] : 0, w[16 * i + lane] = lane < count ? p.w[i] : 0;
-        }
-        Lanes lanes;
-        lanes.n = f.group, lanes.x = x, lanes.w = w;
-        fit_lanes(f, lanes, V::load(full));
-        V::store(scale, lanes.scale);
-        for (int64_t lane = 0; lane < count; lane++) f.scale[g + lane] = scale[lane] == 0 && !f.keep_zero ? 1.f : scale[lane];
-    }
-    return finite;
-}
-
 bool fit_groups(const Fit& f, int64_t begin, int64_t end) {
-    if (f.grid->zero == Grid::none && f.group <= WIDEST) return fit_side_by_side(f, begin, end);
-    const int64_t room = ceil_div(f.group, 16) * 16;
-    Piece p;
-    p.x = (float*)scratch(0, (size_t)(2 * room) * sizeof(float)), p.w = p.x + room;
+    const bool one = f.group > WIDEST;
+    const int64_t room = ceil_div(f.group, 16) * 16, lanes = one ? 1 : 16;
+    float* memory = (float*)scratch(0, (size_t)(2 * (lanes + 1) * room) * sizeof(float));
+    Piece piece{memory, memory + room};
+    Groups p;
+    p.x = memory + 2 * room, p.w = p.x + lanes * room;
     bool finite = true;
-    for (int64_t g = begin; g < end; g++) {
-        finite &= load_piece(f, g, p);
-        const Found best = fit(f, p);
-        f.scale[g] = best.scale == 0 && !f.keep_zero ? 1.f : best.scale;
-        if (f.zero) f.zero[g] = best.zero;
-    }
-    return finite;
-}
-
-// ---- super-blocks: integers times one factor, for the scales and for the minima of some groups.
-
-inline float half(float x) {
-    const uint16_t h = float_to_f16(x);
-    uint8_t bytes[2];
-    memcpy(bytes, &h, 2);
-    return load_float(Type::f16, bytes, 0);
-}
-
-struct Super {
-    const Fit& f;
-    Piece* p;        // its groups
-    float d, dmin;   // w = d * scale * code - dmin * minimum
-    float scale[16], minimum[16];
-    float bottom, top;  // of the scales' integers; minima go from 0 to the top
-
-    // What the error of a group is less than the sum of w x^2, with its integers as given; and its sums.
-    float gain(int j, float s, float m, Sums* out = nullptr) const {
-        const Grid& g = *f.grid;
-        const float a = d * s, b = dmin * m;
-        Sums r;
-        if (a != 0) r = sums(p[j], f.zero ? ToIntegers(a, b / a, 0, g.top) : ToIntegers(a, 0, -g.middle, g.top - g.middle));
-        if (out) *out = r;
-        return a * (2 * r.vx - a * r.vv) - b * (2 * p[j].sum_wx - 2 * a * r.v + b * p[j].sum_w);
-    }
-    float all() const {
-        float sum = 0;
-        for (int j = 0; j < f.together; j++) sum += gain(j, scale[j], minimum[j]);
-        return sum;
-    }
-    // Both factors by least squares, for codes that are fixed.
-    void factors() {
-        double a = 0, b = 0, c = 0, p1 = 0, p2 = 0;
-        for (int j = 0; j < f.together; j++) {
-            Sums r;
-            gain(j, scale[j], minimum[j], &r);
-            a += (double)scale[j] * scale[j] * r.vv, b += (double)scale[j] * minimum[j] * r.v, c += (double)minimum[j] * minimum[j] * p[j].sum_w;
-            p1 += (double)scale[j] * r.vx, p2 += (double)minimum[j] * p[j].sum_wx;
+    for (int64_t g = begin; g < end; g += lanes) {
+        const int64_t count = end - g < lanes ? end - g : lanes;
+        finite &= one ? load_one(f, g, p) : load_groups(f, g, 1, count, piece, p);
+        const Best best = fit(f, p);
+        float scale[16], zero[16];
+        V::store(scale, best.scale), V::store(zero, best.zero);
+        for (int64_t lane = 0; lane < count; lane++) {
+            f.scale[g + lane] = scale[lane] == 0 && !f.keep_zero ? 1.f : scale[lane];
+            if (f.zero) f.zero[g + lane] = zero[lane];
         }
-        if (a <= 0) {
-            if (f.zero && c > 0) dmin = half((float)(p2 < 0 ? -p2 / c : 0));
-            return;
-        }
-        const double det = a * c - b * b;
-        if (f.zero && c > 0 && det > 1e-9 * a * c) {
-            const double x = (p1 * c - p2 * b) / det, y = (p1 * b - p2 * a) / det;
-            if (y >= 0) { d = half((float)x), dmin = half((float)y); return; }
-        }
-        d = half((float)(p1 / a));
-        if (f.zero && c > 0) dmin = 0;
-    }
-    // Each group's integers, one step up or down where that is better.
-    void steps() {
-        for (int j = 0; j < f.together; j++) {
-            float best = gain(j, scale[j], minimum[j]);
-            const float s = scale[j], m = minimum[j];
-            for (int u = -1; u <= 1; u++) {
-                for (int v = f.zero ? -1 : 0; v <= (f.zero ? 1 : 0); v++) {
-                    const float t = s + (float)u, n = m + (float)v;
-                    if ((u == 0 && v == 0) || t < bottom || t > top || n < 0 || n > top) continue;
-                    const float now = gain(j, t, n);
-                    if (now > best) best = now, scale[j] = t, minimum[j] = n;
-                }
-            }
-        }
-    }
-};
-
-inline void fit_super(const Fit& f, int64_t block, Piece* pieces) {
-    const Grid& g = *f.inner;
-    Super s{f, pieces, 0, 0, {}, {}, -g.middle, g.top - g.middle};
-    float scales[16], minima[16], extreme = 0, most = 0;
-    for (int j = 0; j < f.together; j++) {
-        const Found found = fit(f, pieces[j]);
-        scales[j] = found.scale, minima[j] = -found.zero;
-        if (std::fabs(scales[j]) > std::fabs(extreme)) extreme = scales[j];
-        if (minima[j] > most) most = minima[j];
-    }
-    const float side = g.middle > 0 ? -g.middle : g.top;
-    float saved = -INFINITY, d = 0, dmin = 0, best[2][16] = {};
-    const auto take = [&] {
-        const float now = s.all();
-        if (!(now > saved)) return false;
-        saved = now, d = s.d, dmin = s.dmin;
-        memcpy(best[0], s.scale, sizeof s.scale), memcpy(best[1], s.minimum, sizeof s.minimum);
-        return true;
-    };
-    constexpr float ratios[] = {1.f, 0.97f, 1.03f, 0.94f, 1.06f};
-    for (float ratio : ratios) {
-        s.d = half(extreme / side * ratio), s.dmin = half(most / g.top * (ratio > 1 ? ratio : 1));
-        for (int j = 0; j < f.together; j++) {
-            const float t = s.d == 0 ? 0 : (scales[j] / s.d + WHOLE) - WHOLE, n = s.dmin == 0 ? 0 : (minima[j] / s.dmin + WHOLE) - WHOLE;
-            s.scale[j] = t < s.bottom ? s.bottom : t > s.top ? s.top : t, s.minimum[j] = n < 0 ? 0 : n > g.top ? g.top : n;
-        }
-        take();
-        for (int round = 0; round < 3; round++) {
-            s.factors();
-            s.steps();
-            if (!take()) break;
-        }
-    }
-    for (int j = 0; j < f.together; j++) {
-        f.scale_codes[block * f.together + j] = (uint8_t)(int)(best[0][j] + g.middle);
-        if (f.zero) f.zero_codes[block * f.together + j] = (uint8_t)(int)best[1][j];
-    }
-    f.scale[block] = d;
-    if (f.zero) f.zero[block] = -dmin;
-}
-
-bool fit_supers(const Fit& f, int64_t begin, int64_t end) {
-    const int64_t room = ceil_div(f.group, 16) * 16;
-    float* memory = (float*)scratch(0, (size_t)(2 * room * f.together) * sizeof(float));
-    Piece pieces[16];
-    bool finite = true;
-    for (int64_t block = begin; block < end; block++) {
-        for (int j = 0; j < f.together; j++) {
-            Piece& p = pieces[j];
-            p.x = memory + 2 * room * j, p.w = p.x + room;
-            finite &= load_piece(f, block * f.together + j, p);
-        }
-        fit_super(f, block, pieces);
     }
     return finite;
 }

@@ -2,8 +2,8 @@
 // what the reference in torch gives, bit for bit: true divisions, no sum or product in another order.
 #pragma once
 #include "blocks.h"
-#include "fit.h"
 #include "solve.h"
+#include "supers.h"
 #if defined(__AVX512BF16__)
 #include "rounding512.h"
 #endif
