@@ -97,14 +97,13 @@ struct Supers {
 
 struct Kept {  // the best of all that was tried
     F saved = V::set1(-INFINITY), d = V::zero(), dmin = V::zero(), scale[16] = {}, minimum[16] = {};
-    bool take(const Supers& s, int64_t groups) {
+    void take(const Supers& s, int64_t groups) {
         const F now = s.all(), before = saved;
         d = V::where_above(now, before, s.d, d), dmin = V::where_above(now, before, s.dmin, dmin);
         for (int64_t j = 0; j < groups; j++) {
             scale[j] = V::where_above(now, before, s.scale[j], scale[j]), minimum[j] = V::where_above(now, before, s.minimum[j], minimum[j]);
         }
         saved = V::larger(before, now);
-        return V::differ(before, saved) != 0;
     }
 };
 
@@ -123,10 +122,10 @@ inline void fit_super(const Fit& f, const Groups* groups, Kept& best) {
         s.dmin = half(V::mul(most, V::set1((ratio > 1 ? ratio : 1) / g.top)));
         s.settle(scales, minima);
         best.take(s, f.together);
-        for (int round = 0; round < 3; round++) {
+        for (int round = 0; round < 3; round++) {  // all of them: where a lane stops may not hang on the others
             s.factors();
             s.steps();
-            if (!best.take(s, f.together)) break;
+            best.take(s, f.together);
         }
     }
 }

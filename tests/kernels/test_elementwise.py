@@ -255,6 +255,28 @@ def test_least_squares_heed_the_importance_of_inputs(name):
     assert error(w, f, told, weight) <= error(w, f, search.qparams(w, f, "mse", weight), weight) * 1.005
 
 
+@pytest.mark.parametrize(
+    "name", ["int4-g32", "uint4-g64", "uint4-g64-affine", "iq4_nl", "q4_k", "q3_k", "int4-channel"]
+)
+def test_what_lies_beside_a_group_does_not_change_its_scale(name):
+    """Sixteen are fitted side by side, or fewer where there are no more."""
+    f, w = parse(name), torch.randn(21, 256)
+    whole = elementwise.qparams(w, f, "mse")
+    for i in (0, 15, 16, 20):
+        alone = elementwise.qparams(w[i : i + 1], f, "mse")
+        same(alone.scale, whole.scale[i : i + 1])
+        if whole.zero is not None:
+            same(alone.zero, whole.zero[i : i + 1])
+
+
+@pytest.mark.parametrize("name", ["int4-channel", "uint4-channel"])
+@pytest.mark.parametrize("columns", [4096, 4097, 9000])
+def test_wide_groups_are_fitted_one_by_one(name, columns):
+    f, w = parse(name), torch.randn(3, columns) * 0.3 - 0.1
+    ours, theirs = elementwise.qparams(w, f, "mse"), search.qparams(w, f, "mse")
+    assert error(w, f, ours, 1) <= error(w, f, theirs, 1) * 1.005
+
+
 @pytest.mark.parametrize("name", ["int4-g32", "q4_1", "q4_k", "q3_k"])
 def test_least_squares_refuse_what_is_not_finite(name):
     for bad in (math.nan, math.inf, -math.inf):
