@@ -35,9 +35,9 @@ def needs(
     writes: bool = False, changed: bool = False,
 ) -> Needs:  # fmt: skip
     """Of a model, whose weights need not be in memory, that is to become `entries`. rows: of calibration text, of
-    `length` tokens. as_gguf: whether the result is a GGUF file, for which all codes come together in memory. writes:
-    whether the model writes that text itself, before, for which it is in memory as a whole. changed: whether it is made
-    another one before, and so stays there."""
+    `length` tokens. as_gguf: whether the result is a GGUF file: codes that text finds then come together in memory.
+    writes: whether the model writes that text itself, before, for which it is in memory as a whole. changed: whether it
+    is made another one before, and so stays there."""
     inside = {prefix: [e for e in entries if e.name.startswith(f"{prefix}.")] for prefix, _ in blocks(model)}
     named = {e.name for found in inside.values() for e in found}
     alone = [[e] for e in entries if e.name not in named]  # what lies outside of blocks comes a weight at a time
@@ -51,7 +51,7 @@ def needs(
         most += before
     elif writes:
         most = max(most, before)
-    return Needs(PROCESS + most + (as_gguf or changed) * codes, after + min(after, MAX_SHARD) + codes)
+    return Needs(PROCESS + most + ((as_gguf and rows > 0) or changed) * codes, after + min(after, MAX_SHARD) + codes)
 
 
 def _directions(inside: list[list[Entry]], outside: list[Entry], rows: int, length: int) -> tuple[int, int]:
