@@ -139,7 +139,7 @@ class Measured(Calibrated):
         }  # fmt: skip
         if file.exists():
             kept = read_json(file)
-            check_begun(self.work.parent, settings, kept["settings"])
+            check_begun(self.work.parent, settings, kept.get("settings", {}))
             return Costs(sizes, kept["losses"])
         losses = self._losses(run, sizes, rows)
         self.work.mkdir(parents=True, exist_ok=True)

@@ -248,8 +248,8 @@ def _to_file(asked: Asked, to: Any, found: Found, first: list[Transform], made: 
     job.on_tensor = progress("tensor")
     proof = None if asked.no_verify else export.Proof()
     done = export.export(model, job, target, asked.output, proof, asked.overwrite, say, True)
-    n, before_it, _ = totals(entries)
+    n, was, _ = totals(entries)
     return {
-        "parameters": n, "bytes_before": before_it, "read_back": bool(done.rows),
+        "parameters": n, "bytes_before": was, "read_back": bool(done.rows),
         "ledger": done.ledger,
     }  # fmt: skip
