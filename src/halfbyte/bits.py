@@ -170,14 +170,18 @@ def check(
     kv_cache.floats(loaded.model)
     sizes = footprint(loaded, formats or usual(loaded, as_gguf), as_gguf, disk=bits is None)
     least = math.ceil(800 * sizes.least / sizes.parameters) / 100  # rounded up, so that what is said can be had
+    stays = (
+        "" if as_gguf or not sizes.kept else f", where {next(iter(sizes.kept))} stays as it is: in OUT.gguf it need not"
+    )
     if bits is not None and bits < least:
         raise InputError(
-            f"--target-bits {bits}: the least that these formats make of {loaded.source} is {least:.2f} bits a weight."
+            f"--target-bits {bits}: the least that these formats make of {loaded.source} is {least:.2f} bits a "
+            f"weight{stays}."
         )
     if size is not None and parse_size(size) < sizes.least:
         raise InputError(
             f"--target-size {size}: the smallest that these formats make of {loaded.source} takes "
-            f"{math.ceil(sizes.least / 1e4) / 100:.2f} MB."
+            f"{math.ceil(sizes.least / 1e4) / 100:.2f} MB{stays}."
         )
     return sizes
 

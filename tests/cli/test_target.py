@@ -91,7 +91,7 @@ def test_exactly_one_target(refused, tiny_llama, tmp_path):
 def test_targets_that_cannot_be(refused, tiny_llama, text, tmp_path):
     quantize = ("quantize", tiny_llama, "-o", tmp_path / "out", *text)
     refused(*quantize, "--target-size", "1KB", words=("smallest", "MB", "--target-size 1KB"))
-    refused(*quantize, "--target-bits", "1.5", words=("least", "bits a weight"))
+    refused(*quantize, "--target-bits", "1.5", words=("least", "bits a weight", "model.embed_tokens", "OUT.gguf"))
     refused(*quantize, "--target-size", "90", words=("90MB", "unit"))
     for flag in ("--target-bits", "--max-kl"):
         for value in ("0", "-1", "nan", "inf"):
