@@ -97,6 +97,12 @@ struct Best {
     }
 };
 
+// What the squared error of a group is less than that of zeros, for scale * value + zero.
+inline F gained(const Groups& p, const Sums& s, F scale, F zero) {
+    const F by_scale = V::mul(scale, V::sub(V::add(s.vx, s.vx), V::mul(scale, s.vv))), mean = V::sub(p.sum_wx, V::mul(scale, s.v));
+    return V::add(by_scale, V::mul(zero, V::sub(V::add(mean, mean), V::mul(zero, p.sum_w))));
+}
+
 // The best scale for values that are fixed; with a zero that is added, the best of both. Where every code stands for 0,
 // so does the scale. tried: lanes where this is 0 or less are left as they are.
 inline void refit(const Fit& f, const Groups& p, const Sums& s, F zero, F tried, Best& best) {
@@ -107,9 +113,7 @@ inline void refit(const Fit& f, const Groups& p, const Sums& s, F zero, F tried,
         scale = V::div(V::sub(s.vx, V::mul(v_w, p.sum_wx)), V::where_above(spread, V::zero(), spread, V::set1(1)));
         zero = V::div(V::sub(p.sum_wx, V::mul(scale, s.v)), p.sum_w);
         if (f.negative) scale = V::where_above(zero, V::zero(), plain, scale), zero = V::smaller(V::zero(), zero);
-        const F by_scale = V::mul(scale, V::sub(V::add(s.vx, s.vx), V::mul(scale, s.vv)));
-        const F mean = V::sub(p.sum_wx, V::mul(scale, s.v));
-        gain = V::add(by_scale, V::mul(zero, V::sub(V::add(mean, mean), V::mul(zero, p.sum_w))));
+        gain = gained(p, s, scale, zero);
     }
     best.take(scale, zero, V::where_above(tried, V::zero(), gain, V::set1(-INFINITY)));
 }

@@ -25,10 +25,7 @@ struct Supers {
         const F a = V::mul(d, s), b = V::mul(dmin, m), inverse = over(V::set1(1), a);
         const Sums r = f.zero ? p[j].sums<true>(ToIntegers{inverse, V::mul(b, inverse), V::zero(), V::set1(g.top)}) : p[j].sums<false>(integers(g, inverse));
         if (out) *out = r;
-        const F by_scale = V::mul(a, V::sub(V::add(r.vx, r.vx), V::mul(a, r.vv)));
-        if (!f.zero) return by_scale;
-        const F mean = V::sub(p[j].sum_wx, V::mul(a, r.v));
-        return V::sub(by_scale, V::mul(b, V::add(V::add(mean, mean), V::mul(b, p[j].sum_w))));
+        return gained(p[j], r, a, minus(b));
     }
     F all() const {
         F sum = V::zero();

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ import torch
 from halfbyte import allocate, data, evaluate, kv_cache, models, self_samples, sensitivity
 from halfbyte.containers.shards import read_json
 from halfbyte.errors import InputError
-from halfbyte.folders import FILES, check_begun
+from halfbyte.folders import FILES, check_begun, write_json
 from halfbyte.footprint import Footprint, footprint, usual
 from halfbyte.formats import Format, parse
 from halfbyte.layers import ops
@@ -143,8 +142,7 @@ class Measured(Calibrated):
             return Costs(sizes, kept["losses"])
         losses = self._losses(run, sizes, rows)
         self.work.mkdir(parents=True, exist_ok=True)
-        file.with_suffix(".new").write_text(json.dumps({"settings": settings, "losses": losses}))
-        file.with_suffix(".new").rename(file)
+        write_json(file, {"settings": settings, "losses": losses})
         return Costs(sizes, losses)
 
     def _losses(self, run: Run, sizes: Footprint, rows: data.Dataset) -> dict[str, dict[str, float]]:

@@ -115,6 +115,13 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
+def write_json(path: Path, value: Any) -> None:
+    """A file of JSON that appears whole or not at all."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(value))
+    new.rename(path)
+
+
 def check_begun(work: Path, settings: Mapping[str, Any], before: Mapping[str, Any]) -> None:
     """Raises InputError where what is under `work` was begun with other settings than these. before: those, as JSON has
     them."""

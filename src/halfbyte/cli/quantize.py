@@ -98,7 +98,6 @@ def command(
     )  # fmt: skip
     if not targeted:
         summary = _quantize(asked)
-        _say_size(output)
         if json:
             emit(summary)
         return
@@ -107,7 +106,6 @@ def command(
         chosen = choose(model, output, target, solver, text, dtype, revision, work)
         text = {**text, "calibration": chosen.rows}
         summary = _quantize(replace(asked, to=chosen.scheme, solver=chosen.solver, text=text, resume=True), chosen.run)
-    _say_size(output)
     if json:
         emit({**summary, **chosen.as_dict()})
     chosen.done(summary["bytes"], target)
@@ -156,8 +154,9 @@ def _quantize(asked: Asked, made: Run | None = None) -> dict[str, Any]:
         told = _to_file(asked, form, found, first, made)
     else:
         told = _to_folder(asked, scheme, found, first, made)
-    summary = {"output": str(asked.output), "scheme": scheme.name, "solver": asked.solver}
-    return {**summary, **told, "bytes": disk_bytes(asked.output)}
+    size = disk_bytes(asked.output)
+    say(f"{asked.output}: {size / 1e6:.1f} MB on disk; `halfbyte evaluate` tells what it cost.")
+    return {"output": str(asked.output), "scheme": scheme.name, "solver": asked.solver, **told, "bytes": size}
 
 
 def _say_unused(asked: Asked, scheme: Scheme | Mix, by: Solver, first: bool) -> None:
@@ -174,12 +173,6 @@ def _say_unused(asked: Asked, scheme: Scheme | Mix, by: Solver, first: bool) -> 
         say("--no-verify is not used: a folder is not read back while it is quantized.")
     if asked.input_search is not None and not scheme.static:
         say(f"--input-search is not used: {scheme.name} has no scales of inputs to find.")
-
-
-def _say_size(output: Path) -> None:
-    from halfbyte.folders import disk_bytes
-
-    say(f"{output}: {disk_bytes(output) / 1e6:.1f} MB on disk; `halfbyte evaluate` tells what it cost.")
 
 
 def _transforms(asked: Asked, scheme: Scheme | Mix) -> list[Transform]:

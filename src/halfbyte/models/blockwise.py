@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from halfbyte.containers.shards import Shards, read_json
 from halfbyte.errors import InputError
-from halfbyte.folders import check_begun
+from halfbyte.folders import check_begun, write_json
 from halfbyte.formats import Format
 from halfbyte.layers import ops
 from halfbyte.models.checkpoint import Checkpoint, Source
@@ -158,7 +157,6 @@ def _begin(folder: Path, settings: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / SETTINGS
     if not file.exists():
-        file.with_suffix(".new").write_text(json.dumps(dict(settings)))
-        file.with_suffix(".new").rename(file)
+        write_json(file, dict(settings))
         return
     check_begun(folder.parent, settings, read_json(file))
