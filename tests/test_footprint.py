@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import miniatures
-from halfbyte import export, kinds, recipe, run
+from halfbyte import export, kinds, outputs, run, steps
 from halfbyte.errors import InputError
 from halfbyte.folders import disk_bytes
 from halfbyte.footprint import FOLDER, GGUF, footprint, usual
@@ -46,8 +46,8 @@ def test_a_folder_is_as_large_as_said(tmp_path, name, own, which):
     sizes = footprint(made.loaded, formats(FOLDER), False, disk=True)
     assert "embedding" in sizes.kept["model.embed_tokens"]
     scheme, said = mixed(sizes, which)
-    recipe.Freeze(scheme=scheme)(made)
-    size = disk_bytes(recipe.save(made, tmp_path / "out"))
+    steps.Freeze(scheme=scheme)(made)
+    size = disk_bytes(outputs.save(made, tmp_path / "out"))
     tensors = 8 * len(list(ops(made.model)))
     assert said - 200 * tensors <= size <= said
 
@@ -57,7 +57,7 @@ def test_bits_are_those_that_a_run_counts(tmp_path, as_gguf):
     made = run.load(miniatures.folder(tmp_path / "m", words=miniatures.bpe()))
     sizes = footprint(made.loaded, formats(GGUF if as_gguf else FOLDER), as_gguf, disk=False)
     scheme, said = mixed(sizes, 1)
-    recipe.Freeze(scheme=scheme)(made)
+    steps.Freeze(scheme=scheme)(made)
     assert made.bits_per_weight() == pytest.approx(8 * said / sizes.parameters)
     assert sizes.least <= said <= sizes.most
 

@@ -9,8 +9,8 @@ from halfbyte import InputError, run
 from halfbyte.containers.shards import Shards
 from halfbyte.folders import disk_bytes
 from halfbyte.model import load
+from halfbyte.outputs import save
 from halfbyte.plan import inventory
-from halfbyte.recipe import save
 from halfbyte.run import see_through
 from halfbyte.scheme import scheme
 from halfbyte.steps import Adapt, Evaluate, Freeze

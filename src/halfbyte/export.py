@@ -33,10 +33,11 @@ Say = Callable[[str], None]
 
 @dataclass
 class Exported:
-    """path: what was written. rows: the ledger, (stage, figures); empty where it was not read back."""
+    """path: what was written. rows: the ledger, (stage, figures). read_back: whether the reader has rows in it."""
 
     path: Path
     rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    read_back: bool = False
 
     @property
     def ledger(self) -> list[dict[str, Any]]:
@@ -48,13 +49,14 @@ class Exported:
 class Proof:
     """How an export is held against the model. data: held-out text, records or a file; the packaged sample if None.
     max_kl: of the reader's logits to ours, mean over tokens; one of MAX_KL above if None. base: the MODEL where an
-    adapter's base is, if not where its folder says."""
+    adapter's base is, if not where its folder says. dtype: what the model is computed in."""
 
     data: Any = None
     windows: int = 4
     context: int = evaluate.CONTEXT
     max_kl: float | None = None
     base: str | None = None
+    dtype: torch.dtype = torch.float32
 
 
 def read(
@@ -160,7 +162,12 @@ def prepare(
     return job
 
 
-def _wanted(loaded: Loaded, format: str | Scheme | None) -> tuple[dict[str, Format], torch.dtype | None]:
+def refuses(loaded: Loaded, kind: Kind, format: str | Scheme | Mix | None) -> str | None:
+    """Why the kind cannot hold what a format makes of the model, or the model as it is, in words; None if it can."""
+    return kind.refuses(Job(loaded, *_wanted(loaded, format)))
+
+
+def _wanted(loaded: Loaded, format: str | Scheme | Mix | None) -> tuple[dict[str, Format], torch.dtype | None]:
     """op's name -> format, or the dtype that all matrices get. What inputs are rounded to is set in the ops."""
     if format is None:
         return {}, None
@@ -178,11 +185,11 @@ def _round_inputs(loaded: Loaded, entries: list[Entry]) -> None:
             op.input = inputs.get(name)
 
 
-def _floats(format: str | Scheme) -> torch.dtype | None:
+def _floats(format: str | Scheme | Mix) -> torch.dtype | None:
     return FLOATS.get(format.upper()) if isinstance(format, str) else None
 
 
-def chosen(format: str | Scheme) -> Scheme | Mix:
+def chosen(format: str | Scheme | Mix) -> Scheme | Mix:
     """The mix of that name in any case, else the scheme. Raises InputError."""
     return (MIXES.get(format.upper()) if isinstance(format, str) else None) or to_scheme(format)
 
@@ -223,19 +230,19 @@ def readers(loaded: Loaded, entries: list[Entry]) -> dict[str, list[str]]:
 
 def export(
     source: str | Path, job: Job, kind: Kind, output: Path, proof: Proof | None, overwrite: bool = False,
-    say: Say = lambda line: None, resume: bool = False,
+    say: Say = lambda line: None, resume: bool = False, rows: Sequence[tuple[str, dict[str, Any]]] = (),
 ) -> Exported:  # fmt: skip
     """Writes what was prepared, whole or not at all, also where it was in parts already (`resume`); reads it back by
-    the kind's own reader and measures it, unless proof is None. Raises BudgetExceeded, and keeps nothing, where the
-    reader computes something else than we do, and InputError before the work where inputs are to be rounded by scales
-    that the model does not have."""
+    the kind's own reader and measures it, unless proof is None. rows: the ledger so far. Raises BudgetExceeded, and
+    keeps nothing, where the reader computes something else than we do, and InputError before the work where inputs are
+    to be rounded by scales that the model does not have."""
     for name, op in ops(job.loaded.model):
         if isinstance(op, Linear) and static(op.input) and op.input_qparams is None:
             raise InputError(
                 f"{source} has no scale for the inputs of {name}, which is found on text: add --calibration FILE, or "
                 "quantize first with it, then export."
             )
-    done = Exported(output)
+    done = Exported(output, [*rows])
     with (whole_file if kind.SUFFIX else whole)(output, overwrite, resume) as partial:
         kind.write(job, partial)
         if proof is None:
@@ -245,7 +252,8 @@ def export(
         elif job.loaded.tokenizer is None:
             say(f"not read back by {kind.READER}: the model has no tokenizer, and text needs one")
         else:
-            done.rows = _prove(source, partial, kind, job, proof, say)
+            done.rows += _prove(source, partial, kind, job, proof, say)
+            done.read_back = True
         if not kind.SUFFIX:
             notes = {"exported": kind.NAME, "source": Path(str(source)).name}
             (partial / run.NOTES).write_text(json.dumps(notes, indent=1) + "\n")
@@ -288,7 +296,7 @@ def _prove(
             f"{kind.READER} computes something else than halfbyte does: mean KL {kl:.4f} is above --max-kl "
             f"{limit}; nothing was kept."
         )
-    before = run.load(source, torch.float32, base=proof.base)
+    before = run.load(source, proof.dtype, base=proof.base)
     out.append((f"read back, against {Path(str(source)).name}", _row(reader, rows, before.model, ours, path)))
     row = out[1][1]
     error = f" +- {row['kl_error']:.4f}" if row["kl_error"] is not None else ""  # of one window there is none

@@ -8,7 +8,7 @@ from typing import Any
 
 from halfbyte import adapters
 from halfbyte.errors import InputError
-from halfbyte.formats import parse
+from halfbyte.formats import Format, parse
 from halfbyte.layers import weights
 from halfbyte.qtensor import no_shift
 from halfbyte.run import Run
@@ -86,13 +86,16 @@ QA_LORA = "uint4-g32-affine"  # the paper's: 4 bits in groups of 32, with zero p
 def shifting(given: Any) -> Scheme | Mix:
     """A scheme whose zero points take in what QA-LoRA adds. Raises InputError for one that has none."""
     chosen = to_scheme(given)
-    if isinstance(chosen, Mix):
-        formats = [parse(f) for f in (chosen.base, *(better for *_, better in chosen.better))]
-    else:
-        formats = [rule.weight for rule in chosen.rules if rule.weight is not None]
-    if (why := next((w for f in formats if (w := no_shift(f)) is not None), None)) is not None:
+    if (why := next((w for f in _formats(chosen) if (w := no_shift(f)) is not None), None)) is not None:
         raise InputError(f"--method qa-lora --to {chosen.name}: {why}.")
     return chosen
+
+
+def _formats(chosen: Scheme | Mix) -> list[Format]:
+    """Those that a scheme has for weights, but for a mix's head."""
+    if isinstance(chosen, Mix):
+        return [parse(f) for f in (chosen.base, *(better for *_, better in chosen.better))]
+    return [rule.weight for rule in chosen.rules if rule.weight is not None]
 
 
 METHODS: dict[str, Method] = {
@@ -225,12 +228,12 @@ def _reads_text(init: str | None, transforms: Sequence[str], adapt: Mapping[str,
 
 def _check_learnable(method: str, to: Any) -> None:
     chosen = to_scheme(to)
-    for rule in chosen.rules if isinstance(chosen, Scheme) else ():
-        if rule.weight is not None:
-            try:
-                check_learnable(rule.weight)
-            except InputError as e:
-                raise InputError(f"--method {method} --to {chosen.name}: {e}") from None
+    head = [parse(chosen.head)] if isinstance(chosen, Mix) else []
+    for f in (*_formats(chosen), *head):
+        try:
+            check_learnable(f)
+        except InputError as e:
+            raise InputError(f"--method {method} --to {chosen.name}: {e}") from None
 
 
 def _sees(step: Step) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from halfbyte import adapters, methods, named_adapters, recipe, run
+from halfbyte import adapters, methods, named_adapters, outputs, run
 from halfbyte.evaluate import Row
 from halfbyte.generate import generate
 from halfbyte.run import Run
@@ -64,9 +64,10 @@ class Model(Run):
         """The continuation of a prompt, or the answer to it as a chat; greedy at temperature 0."""
         return generate(self.model, self.needs_tokenizer, prompt, max_new_tokens, chat, temperature).text
 
-    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
-        """Writes the result: a PEFT adapter folder while adapters are unmerged, else a model's folder."""
-        return recipe.save(self, folder, overwrite)
+    def save(self, output: str | Path, overwrite: bool = False) -> Path:
+        """Writes the result: a PEFT adapter folder while adapters are unmerged, else a model's folder or, named so, a
+        .gguf or .onnx file."""
+        return outputs.save(self, output, overwrite)
 
 
 def load(source: str | Path, dtype: Any = None, **options: Any) -> Model:

@@ -11,11 +11,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from halfbyte.errors import InputError
-from halfbyte.folders import check_free, whole
+from halfbyte.folders import check_free
 from halfbyte.methods import method_steps
+from halfbyte.outputs import check, save
 from halfbyte.run import Run, load
 from halfbyte.scheme import to_scheme
-from halfbyte.steps import STEPS, Adapt, Freeze, Grid, Merge, Step, checked, read
+from halfbyte.steps import STEPS, Adapt, Freeze, Merge, Step, checked, read
 
 _FILES = ("data", "eval_data", "calibration")  # the fields of steps that name files to read
 _NO_FILES = ("self", "none")
@@ -64,9 +65,8 @@ class Recipe:
         for file in files:
             read(file)
         run = load(self.model, self.dtype, seed=self.seed)
-        made = next((s for s in reversed(self.steps) if isinstance(s, Freeze | Grid | Merge)), None)
-        if self.output is not None and isinstance(made, Freeze | Grid) and made.scheme is not None:
-            run.holds(to_scheme(made.scheme, made.group_size))
+        if self.output is not None:
+            check(run, self.steps, Path(self.output), say)
         if self.output is not None and _adapts_what_text_made(self.steps):
             raise InputError(
                 "an adapter onto codes that calibration found needs these as its base: quantize to a folder, then "
@@ -76,7 +76,7 @@ class Recipe:
             say(f"step {i + 1}/{len(self.steps)}: {type(step).__name__.lower()}")
             step(run)
         if self.output is not None:
-            save(run, self.output, overwrite)
+            save(run, self.output, overwrite, say)
         return run
 
 
@@ -148,11 +148,3 @@ def _step(item: Any, where: str) -> Step:
     if not isinstance(settings, Mapping | None):
         raise InputError(f"{where}the settings of {name} are a mapping, not {settings!r}.")
     return _named(lambda: STEPS[name](**(settings or {})), f"{where}{name}: ")
-
-
-def save(run: Run, folder: str | Path, overwrite: bool = False) -> Path:
-    """Writes a run's result as a folder that appears whole or not at all. Raises InputError if it exists."""
-    target = Path(folder)
-    with whole(target, overwrite) as partial:
-        run.write(partial, target.name)
-    return target

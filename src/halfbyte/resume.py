@@ -41,7 +41,7 @@ def scratch(checkpoint: Path | None) -> Iterator[Path]:
         return
     folder = checkpoint.with_name(SCRATCH)
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     try:
         yield folder
     finally:

@@ -262,12 +262,18 @@ def _load_adapter(path: Path, dtype: torch.dtype | None, seed: int, given: str |
     return run
 
 
+def fixed_dtype(model: Any) -> torch.dtype | None:
+    """That of an embedding which is seen through a grid: what is looked up gives the dtype that all others compute in.
+    None where there is no such embedding."""
+    return next((op.weight.dtype for _, op in ops(model) if isinstance(op, Embedding) and op.weight.grid), None)
+
+
 @torch.no_grad()
 def _cast(run: Run, dtype: torch.dtype) -> None:
     """Computes in another dtype; codes and scales stay, and so what a grid makes codes of. Raises InputError where that
     is looked up, and so gives the dtype that all others compute in."""
     seen = [w for w in weights(run.model).values() if w.grid is not None]
-    if any(isinstance(op, Embedding) and op.weight.grid and op.weight.dtype != dtype for _, op in ops(run.model)):
+    if fixed_dtype(run.model) not in (None, dtype):
         own = str(run.loaded.config.dtype).removeprefix("torch.")
         raise InputError(f"{run.loaded.source}: its embedding was trained through a grid in {own}: leave out --dtype.")
     stay = {id(p) for w in seen for p in w.parameters()}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from halfbyte import InputError, run
 from halfbyte.adapters import attached, join
-from halfbyte.recipe import save
+from halfbyte.outputs import save
 from halfbyte.steps import Adapt, Merge
 from miniatures import EXPERTS, folder, logits, theirs
 

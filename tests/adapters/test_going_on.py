@@ -4,7 +4,7 @@ import pytest
 
 from halfbyte import InputError, run
 from halfbyte.adapters import attached
-from halfbyte.recipe import save
+from halfbyte.outputs import save
 from halfbyte.steps import Adapt
 from miniatures import folder
 

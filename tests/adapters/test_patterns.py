@@ -16,7 +16,8 @@ from halfbyte.adapters import attached
 from halfbyte.containers import gguf
 from halfbyte.kinds import gguf_lora
 from halfbyte.layers import Linear, ops
-from halfbyte.recipe import parse_recipe, save
+from halfbyte.outputs import save
+from halfbyte.recipe import parse_recipe
 from halfbyte.steps import Adapt
 from miniatures import folder, logits
 

@@ -17,7 +17,8 @@ from halfbyte.adapters.lora import Lora
 from halfbyte.adapters.starts import STARTS, start
 from halfbyte.layers import Codes, Grid, Weight, ops, weights
 from halfbyte.model import load
-from halfbyte.recipe import parse_recipe, save
+from halfbyte.outputs import save
+from halfbyte.recipe import parse_recipe
 from halfbyte.steps import Adapt
 from miniatures import folder, logits, quantized
 

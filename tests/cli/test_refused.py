@@ -178,7 +178,8 @@ def test_a_scheme_that_no_folder_holds_is_refused_before_the_work(
     monkeypatch.setattr("halfbyte.steps.training.train", lambda *a, **k: pytest.fail("the work had begun"))
     words = ("no folder layout that others read", f"no layout for {scheme}")
     refused("quantize", wide_llama, "--to", scheme, "-o", out, words=words)
-    for method in ("qat", "qat-lora", "scales"):
+    files = scheme != "fp8-e5m2-channel"  # into which an adapter could be merged
+    for method in ("qat", "scales") if files else ("qat", "qat-lora", "scales"):
         data = ("--data", tiny_data["text"], "--method", method)
         why = "cannot be trained" if (method, scheme) == ("scales", "q4_k") else words  # whose scales are codes
         refused("train", wide_llama, *data, "--to", scheme, "-o", out, words=why)

@@ -32,7 +32,7 @@ def test_every_flag_is_read():
     """Those of the Train step are handed on by name: one that is misspelt, or whose field is gone, would do nothing."""
     own = {
         "context", "model", "output", "method", "to", "group_size", "lr", "teacher", "init", "seed", "adapter", "dtype",
-        "revision", "resume", "overwrite", "json", "target_modules", "transform", "untie",
+        "revision", "resume", "overwrite", "no_verify", "json", "target_modules", "transform", "untie",
     }  # fmt: skip
     adapters = {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights"}
     assert set(inspect.signature(command).parameters) - own - adapters == set(Train.model_fields) - {

@@ -10,7 +10,7 @@ from peft.tuners.lora.gptq import GPTQLoraLinear
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from halfbyte import InputError, recipe, run
+from halfbyte import InputError, outputs, run
 from halfbyte.adapters import attached
 from halfbyte.containers import peft as container
 from halfbyte.layers import Codes, ops
@@ -65,7 +65,7 @@ def edit(path, **changes):
 def test_peft_computes_what_we_wrote(tmp_path, name, settings):
     base = folder(tmp_path / "base", name)
     made = adapted(base, **settings)
-    out = recipe.save(made, tmp_path / "adapter")
+    out = outputs.save(made, tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out).eval()
     torch.testing.assert_close(logits(theirs), logits(made.model), rtol=0, atol=2e-6)
     assert not torch.allclose(logits(made.model), logits(run.load(base).model), atol=1e-3)
@@ -85,7 +85,7 @@ def test_we_compute_what_peft_wrote(tmp_path, name, targets, settings):
 def test_transformers_own_loader_takes_our_folder(tmp_path):
     base = folder(tmp_path / "base")
     made = adapted(base, r=4)
-    out = recipe.save(made, tmp_path / "adapter")
+    out = outputs.save(made, tmp_path / "adapter")
     model = AutoModelForCausalLM.from_pretrained(base)
     model.load_adapter(str(out))
     torch.testing.assert_close(logits(model.eval()), logits(made.model), rtol=0, atol=2e-6)
@@ -95,7 +95,7 @@ def test_transformers_own_loader_takes_our_folder(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_we_wrote_comes_back_bit_for_bit(tmp_path, dtype, settings):
     made = adapted(folder(tmp_path / "base", dtype=dtype), **settings)
-    out = recipe.save(made, tmp_path / "adapter")
+    out = outputs.save(made, tmp_path / "adapter")
     tensors = load_file(out / "adapter_model.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.float32}
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in tensors
@@ -116,7 +116,7 @@ def test_what_we_wrote_comes_back_bit_for_bit(tmp_path, dtype, settings):
 )
 def test_target_modules_are_endings_where_these_meet_just_the_adapted_layers(tmp_path, targets, stated):
     made = adapted(folder(tmp_path / "base"), target_modules=targets, r=2)
-    out = recipe.save(made, tmp_path / "adapter")
+    out = outputs.save(made, tmp_path / "adapter")
     assert json.loads((out / "adapter_config.json").read_text())["target_modules"] == stated
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), out).eval()
     torch.testing.assert_close(logits(theirs), logits(made.model), rtol=0, atol=2e-6)
@@ -145,7 +145,7 @@ def test_no_switch_of_this_peft_is_taken_for_one_that_is_on(tmp_path):
 
 @pytest.mark.parametrize("value", [True, {"rank": 2}, "yes", 3, ["q_proj"]])
 def test_a_switch_that_nobody_knows_yet_is_refused_where_it_is_on(tmp_path, value):
-    out = recipe.save(adapted(folder(tmp_path / "base"), r=4), tmp_path / "adapter")
+    out = outputs.save(adapted(folder(tmp_path / "base"), r=4), tmp_path / "adapter")
     edit(out, use_something_new=value)
     with pytest.raises(InputError, match="use_something_new"):
         run.load(out)
@@ -155,7 +155,7 @@ def test_a_switch_that_nobody_knows_yet_is_refused_where_it_is_on(tmp_path, valu
 
 @pytest.mark.parametrize("start", ["pissa_niter_4", "loftq", "corda", "lora_ga", "something-new"])
 def test_starts_that_change_the_base_as_only_chance_or_other_files_know_are_refused(tmp_path, start):
-    out = recipe.save(adapted(folder(tmp_path / "base"), r=4), tmp_path / "adapter")
+    out = outputs.save(adapted(folder(tmp_path / "base"), r=4), tmp_path / "adapter")
     edit(out, init_lora_weights=start)
     with pytest.raises(InputError, match=start):
         run.load(out)
@@ -193,7 +193,7 @@ def test_starts_that_change_the_base_as_only_chance_or_other_files_know_are_refu
     ],
 )
 def test_broken_settings_are_refused(tmp_path, changes, says):
-    out = recipe.save(adapted(folder(tmp_path / "base"), r=4), tmp_path / "adapter")
+    out = outputs.save(adapted(folder(tmp_path / "base"), r=4), tmp_path / "adapter")
     edit(out, **changes)
     with pytest.raises(InputError, match=says):
         run.load(out)
@@ -217,7 +217,7 @@ SEVENTH = Q.replace(".0.", ".7.")
     ],
 )
 def test_broken_tensors_are_refused_by_name(tmp_path, change, says):
-    out = recipe.save(adapted(folder(tmp_path / "base"), r=4), tmp_path / "adapter")
+    out = outputs.save(adapted(folder(tmp_path / "base"), r=4), tmp_path / "adapter")
     tensors = load_file(out / "adapter_model.safetensors")
     change(tensors)
     save_file(tensors, out / "adapter_model.safetensors")
@@ -229,7 +229,7 @@ def test_broken_tensors_are_refused_by_name(tmp_path, change, says):
 def test_dora_has_the_tensors_that_peft_gives_it(tmp_path, name):
     """And PEFT, saving what it read of ours, writes the same numbers under the same names."""
     base = folder(tmp_path / "base", name)
-    out = recipe.save(adapted(base, r=4, use_dora=True), tmp_path / "adapter")
+    out = outputs.save(adapted(base, r=4, use_dora=True), tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out)
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     ours, again = (load_file(p / "adapter_model.safetensors") for p in (out, tmp_path / "theirs"))
@@ -260,7 +260,7 @@ def with_qalora(base, path):
 def test_peft_computes_what_we_wrote_of_qa_lora(tmp_path, size, settings):
     base = folder(tmp_path / "base")
     made = adapted(base, use_qalora=True, qalora_group_size=size, **settings)
-    out = recipe.save(made, tmp_path / "adapter")
+    out = outputs.save(made, tmp_path / "adapter")
     config = json.loads((out / "adapter_config.json").read_text())
     assert (config["use_qalora"], config["qalora_group_size"]) == (True, size)
     theirs = logits(with_qalora(base, out))
@@ -273,7 +273,7 @@ def test_peft_computes_what_we_wrote_of_qa_lora(tmp_path, size, settings):
 
 @pytest.mark.parametrize("size", [0, 24, -16, "16", 16.0, None, 1 << 40])
 def test_a_group_size_that_cannot_be_is_refused(tmp_path, size):
-    out = recipe.save(adapted(folder(tmp_path / "base"), r=4, use_qalora=True, qalora_group_size=32), tmp_path / "a")
+    out = outputs.save(adapted(folder(tmp_path / "base"), r=4, use_qalora=True, qalora_group_size=32), tmp_path / "a")
     edit(out, qalora_group_size=size)
     with pytest.raises(InputError, match="qalora_group_size"):
         run.load(out)
@@ -283,7 +283,7 @@ def test_lora_and_qa_lora_are_not_taken_for_each_other(tmp_path):
     base = folder(tmp_path / "base")
     for use in (True, False):
         own = {"use_qalora": True, "qalora_group_size": 16} if use else {}
-        out = recipe.save(adapted(base, r=4, **own), tmp_path / f"adapter-{use}")
+        out = outputs.save(adapted(base, r=4, **own), tmp_path / f"adapter-{use}")
         edit(out, use_qalora=not use, qalora_group_size=16)
         with pytest.raises(InputError, match="shape"):
             run.load(out)
@@ -300,7 +300,7 @@ def test_lora_and_qa_lora_are_not_taken_for_each_other(tmp_path):
     ],
 )
 def test_a_broken_dora_is_refused_by_name(tmp_path, change, says):
-    out = recipe.save(adapted(folder(tmp_path / "base"), r=4, use_dora=True), tmp_path / "adapter")
+    out = outputs.save(adapted(folder(tmp_path / "base"), r=4, use_dora=True), tmp_path / "adapter")
     tensors = load_file(out / "adapter_model.safetensors")
     change(tensors)
     save_file(tensors, out / "adapter_model.safetensors")
@@ -311,14 +311,14 @@ def test_a_broken_dora_is_refused_by_name(tmp_path, change, says):
 def test_lora_and_dora_are_not_taken_for_each_other(tmp_path):
     for use_dora, says in ((True, "magnitude_vector.* is not known"), (False, "lacks .*lora_magnitude_vector")):
         base = folder(tmp_path / f"base-{use_dora}")
-        out = recipe.save(adapted(base, r=4, use_dora=use_dora), tmp_path / f"adapter-{use_dora}")
+        out = outputs.save(adapted(base, r=4, use_dora=use_dora), tmp_path / f"adapter-{use_dora}")
         edit(out, use_dora=not use_dora)
         with pytest.raises(InputError, match=says):
             run.load(out)
 
 
 def test_adapters_in_pickle_files_are_not_read(tmp_path):
-    out = recipe.save(adapted(folder(tmp_path / "base"), r=4), tmp_path / "adapter")
+    out = outputs.save(adapted(folder(tmp_path / "base"), r=4), tmp_path / "adapter")
     (out / "adapter_model.safetensors").rename(out / "adapter_model.bin")
     with pytest.raises(InputError, match="pickle"):
         run.load(out)
@@ -327,7 +327,7 @@ def test_adapters_in_pickle_files_are_not_read(tmp_path):
 def test_an_adapter_refuses_another_base(tmp_path):
     made = adapted(folder(tmp_path / "base"), r=4)
     made.notes["base_sha256"] = made.loaded.sha256
-    out = recipe.save(made, tmp_path / "adapter")
+    out = outputs.save(made, tmp_path / "adapter")
     run.load(out)
     torch.manual_seed(1)
     folder(tmp_path / "base")  # other weights at the same place

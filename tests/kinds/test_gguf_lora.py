@@ -7,7 +7,7 @@ from gguf import GGUFReader
 from halfbyte import InputError, export, kinds, run
 from halfbyte.kinds import gguf_lora
 from halfbyte.layers import weights
-from halfbyte.recipe import save
+from halfbyte.outputs import save
 from halfbyte.steps import Adapt
 from miniatures import folder
 

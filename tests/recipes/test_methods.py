@@ -5,7 +5,7 @@ import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
 
-from halfbyte import InputError, kernels, models, recipe, run
+from halfbyte import InputError, kernels, models, outputs, run
 from halfbyte.adapters import attached
 from halfbyte.containers.shards import Shards
 from halfbyte.formats import FORMATS
@@ -406,7 +406,7 @@ def test_a_classification_head_on_a_tiny_bert(tmp_path):
     Train(**{**SHORT, "data": SHAPES["label"], "steps": 30, "learning_rate": 3e-3})(made)
     assert not made.causal
     assert made.log.curve[-1]["loss"] < made.log.curve[0]["loss"]
-    path = recipe.save(made, tmp_path / "out")
+    path = outputs.save(made, tmp_path / "out")
     again = run.load(path)
     assert torch.equal(logits(again.model), logits(made.model))
     theirs = foreign(path, transformers.AutoModelForSequenceClassification)

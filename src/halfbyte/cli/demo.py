@@ -84,7 +84,7 @@ class Demo:
         return generate(run.model, run.tokenizer, PROMPT + INSTRUCTION, max_new_tokens=40).text
 
     def _save(self, run: Any, name: str) -> Path:
-        from halfbyte.recipe import save
+        from halfbyte.outputs import save
 
         return save(run, self.folder / name, overwrite=True)
 

@@ -90,7 +90,7 @@ def command(
     if json:
         emit({
             "output": str(output), "kind": target.NAME, "format": format, "bytes": disk_bytes(output),
-            "read_back": bool(done.rows), "ledger": done.ledger,
+            "read_back": done.read_back, "ledger": done.ledger,
         })  # fmt: skip
 
 

@@ -72,8 +72,10 @@ def command(
         )
     base = base or ("trained" if other is None else "original")
     merged = run.load(adapter, base=own)
-    if scheme is not None and not is_file:
-        merged.holds(scheme)
+    trained_for = None if (grid := merged.notes.get("grid")) is None else to_scheme(grid)
+    if not is_file and (chosen := scheme or trained_for) is not None:
+        merged.holds(chosen)
+    dtype = run.fixed_dtype(merged.model)
     text = data or _recorded(merged.notes)
     settings = {} if to is None else {**vars(found), "on_block": progress("block")}
 
@@ -96,7 +98,7 @@ def command(
     _say_rounding(rounding)
     name = output.resolve().name
     if is_file:
-        proof = None if no_verify else export.Proof(base=own)
+        proof = None if no_verify else export.Proof(base=own, dtype=dtype or export.Proof.dtype)
         _to_file(adapter, merged, output, proof, overwrite, json, tries)
         return
     with whole(output, overwrite) as partial:
@@ -166,17 +168,13 @@ def _to_file(
     adapter: str, merged: Any, output: Path, proof: Any, overwrite: bool, json: bool, tries: dict[str, Any]
 ) -> None:  # fmt: skip
     """The merged model as a file, read back by the program that it is for; the reference is the unmerged one."""
-    from halfbyte import export
     from halfbyte.folders import disk_bytes
-    from halfbyte.kinds import kind
+    from halfbyte.outputs import write_file
 
-    target = kind(None, output)
-    job = export.prepare(merged.loaded, target, None, False, say)
-    job.on_tensor = progress("tensor")
-    done = export.export(adapter, job, target, output, proof, overwrite, say)
+    done = write_file(merged, output, proof, overwrite, False, say, progress("tensor"), adapter)
     if json:
         emit({
-            "output": str(output), "bytes": disk_bytes(output), "read_back": bool(done.rows), "ledger": done.ledger,
+            "output": str(output), "bytes": disk_bytes(output), "read_back": done.read_back, "ledger": done.ledger,
             "rounding": merged.notes.get("merge_rounding"), **({"bases": tries} if tries else {}),
         })  # fmt: skip
 

@@ -243,6 +243,6 @@ def _to_file(asked: Asked, to: Any, found: Found, first: list[Transform], made: 
     done = export.export(model, job, target, asked.output, proof, asked.overwrite, say, True)
     n, was, _ = totals(entries)
     return {
-        "parameters": n, "bytes_before": was, "read_back": bool(done.rows),
+        "parameters": n, "bytes_before": was, "read_back": done.read_back,
         "ledger": done.ledger,
     }  # fmt: skip

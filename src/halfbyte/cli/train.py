@@ -1,10 +1,12 @@
-"""halfbyte train MODEL --data FILE --method METHOD -o DIR"""
+"""halfbyte train MODEL --data FILE --method METHOD -o OUT"""
 
 from __future__ import annotations
 
 import json as json_module
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,16 +15,22 @@ from halfbyte.cli.console import (
     GroupSize,
     Json,
     ModelArgument,
+    NoVerify,
     Output,
     Overwrite,
     Revision,
     Transforms,
     Untie,
     emit,
+    progress,
     say,
     training_progress,
 )
 from halfbyte.cli.transforms import announce
+
+if TYPE_CHECKING:
+    from halfbyte.run import Run
+    from halfbyte.steps import Step
 
 
 def command(
@@ -82,13 +90,16 @@ def command(
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints that --resume goes on from; 0: none.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from an interrupted run of this command.")] = False,
     overwrite: Overwrite = False,
+    no_verify: NoVerify = False,
     json: Json = False,
 ) -> None:
     """Fine-tune a model: all of it, LoRA, QLoRA, quantization-aware, or only its scales."""
-    from halfbyte.folders import CHECKPOINT, check_free, finished, whole
+    from halfbyte.export import chosen
+    from halfbyte.folders import check_free, finished
     from halfbyte.methods import METHODS, method_steps
+    from halfbyte.outputs import check, is_file
     from halfbyte.scheme import to_scheme
-    from halfbyte.steps import Dequantize, Freeze, Train, Transform
+    from halfbyte.steps import Train, Transform
 
     if resume and finished(output, overwrite):
         say(f"{output} is finished; nothing to do.")
@@ -96,7 +107,8 @@ def command(
             emit({"output": str(output), "method": method, **_finished(output)})
         return
     check_free(output, overwrite, model, data, eval_data, adapter)
-    scheme = None if to is None else to_scheme(to, group_size)
+    named = is_file(output) and group_size is None  # in a file, Q8_0 is the mix of llama.cpp's
+    scheme = None if to is None else chosen(to) if named else to_scheme(to, group_size)
     narrator = _Narrator()
     settings = {k: v for k, v in context.params.items() if k in Train.model_fields}
     settings |= {"learning_rate": lr, "on_start": narrator.begin, "on_step": lambda row: narrator.step(row)}
@@ -112,28 +124,75 @@ def command(
     plan = method_steps(method, scheme, settings, adapt, init, teacher, transform or [], untie)
     run = _load(model, data, eval_data, dtype, revision, seed)
     announce([step for step in plan if isinstance(step, Transform)], run)
-    if scheme is not None and METHODS[method].needs_scheme:
-        run.holds(scheme)  # of qlora's base nothing is left in the result
-    with whole(output, overwrite, resume) as partial:
-        run.checkpoint = partial / CHECKPOINT
-        for step in plan:
-            say(f"{type(step).__name__.lower()} ...")
-            step(run)
-            if isinstance(step, Dequantize) and (held := run.notes.get("dequantized")):
-                dtype = str(run.loaded.config.dtype).removeprefix("torch.")
-                say(f"the weights held as {', '.join(held)} are {dtype} from here on")
-            if isinstance(step, Freeze) and (kept := run.notes.get("kept_codes")):
-                say(f"{kept} weights stay the codes that they are")
-        assert run.log is not None
-        run.rows.append((f"trained ({method})", {"loss": run.log.curve[-1]["loss"], **_held(run.log.curve)}))
-        run.write(partial, output.resolve().name)
-        if told := run.notes.get("peft"):
-            say(f"note: {told}")
-        (partial / "curve.jsonl").write_text("".join(json_module.dumps(row) + "\n" for row in run.log.curve))
+    check(run, plan, output, say)
+    if no_verify and not is_file(output):
+        say("--no-verify is not used: a folder is not read back once it is trained.")
+    take = partial(_take, run, plan, method)
+    if is_file(output):
+        told = _to_file(run, output, take, overwrite, resume, no_verify)
+    else:
+        told = _to_folder(run, output, take, overwrite, resume)
+    assert run.log is not None
     summary = run.log.summary()
     say(f"{output}: {summary['steps']} steps in {summary['seconds']:.0f} s, loss {summary['loss']:.4f}")
     if json:
-        emit({"output": str(output), "method": method, **summary, **_held(run.log.curve)})
+        emit({"output": str(output), "method": method, **summary, **_held(run.log.curve), **told})
+
+
+def _take(run: Run, steps: Sequence[Step], method: str, checkpoint: Path) -> None:
+    """The steps of a method in order, its training gone on with from the checkpoint where there is one."""
+    from halfbyte.steps import Dequantize, Freeze
+
+    run.checkpoint = checkpoint
+    for step in steps:
+        say(f"{type(step).__name__.lower()} ...")
+        step(run)
+        if isinstance(step, Dequantize) and (held := run.notes.get("dequantized")):
+            dtype = str(run.loaded.config.dtype).removeprefix("torch.")
+            say(f"the weights held as {', '.join(held)} are {dtype} from here on")
+        if isinstance(step, Freeze) and (kept := run.notes.get("kept_codes")):
+            say(f"{kept} weights stay the codes that they are")
+    assert run.log is not None
+    run.rows.append((f"trained ({method})", {"loss": run.log.curve[-1]["loss"], **_held(run.log.curve)}))
+
+
+def _to_folder(
+    run: Run, output: Path, take: Callable[[Path], None], overwrite: bool, resume: bool
+) -> dict[str, Any]:  # fmt: skip
+    """take: what is done, given the folder of its checkpoints."""
+    from halfbyte.folders import CHECKPOINT, whole
+
+    with whole(output, overwrite, resume) as unfinished:
+        take(unfinished / CHECKPOINT)
+        run.write(unfinished, output.resolve().name)
+        if told := run.notes.get("peft"):
+            say(f"note: {told}")
+        _write_curve(unfinished / _CURVE, run)
+    return {}
+
+
+def _to_file(
+    run: Run, output: Path, take: Callable[[Path], None], overwrite: bool, resume: bool, no_verify: bool
+) -> dict[str, Any]:  # fmt: skip
+    """Beside the file are its ledger and the curve of its training."""
+    from halfbyte.export import Proof
+    from halfbyte.folders import before, disk_bytes
+    from halfbyte.outputs import write_file
+
+    with before(output, overwrite, resume) as checkpoint:
+        take(checkpoint)
+        proof = None if no_verify else Proof()
+        done = write_file(run, output, proof, overwrite, True, say, progress("tensor"))
+    _write_curve(output.with_suffix(f".{_CURVE}"), run)
+    return {"bytes": disk_bytes(output), "read_back": done.read_back, "ledger": done.ledger}
+
+
+_CURVE = "curve.jsonl"
+
+
+def _write_curve(path: Path, run: Run) -> None:
+    assert run.log is not None
+    path.write_text("".join(json_module.dumps(row) + "\n" for row in run.log.curve))
 
 
 def _given(context: typer.Context, name: str) -> bool:
@@ -143,7 +202,8 @@ def _given(context: typer.Context, name: str) -> bool:
 
 def _finished(output: Path) -> dict[str, Any]:
     """What the loss curve of a run that is done still tells."""
-    lines = (output / "curve.jsonl").read_text().splitlines() if (output / "curve.jsonl").exists() else []
+    path = output / _CURVE if output.is_dir() else output.with_suffix(f".{_CURVE}")
+    lines = path.read_text().splitlines() if path.exists() else []
     curve = [json_module.loads(line) for line in lines]
     return {"steps": len(curve), "loss": curve[-1]["loss"] if curve else None, **_held(curve)}
 
@@ -159,7 +219,7 @@ def _held(curve: list[dict[str, float]]) -> dict[str, float]:
 
 def _load(
     model: str, data: str, eval_data: str | None, dtype: str | None, revision: str | None, seed: int
-) -> Any:  # fmt: skip
+) -> Run:  # fmt: skip
     """The model; a classifier of the data's labels where the architecture is an encoder."""
     from halfbyte import models, run
     from halfbyte.data import label_choices, read_records
