@@ -13,6 +13,7 @@ from halfbyte.errors import InputError
 from halfbyte.formats import FORMATS
 from halfbyte.kernels import proxy
 from halfbyte.layers import Codes, Embedding, Grid, Linear, Weight, ops, swap, weights
+from halfbyte.weight import learnable
 
 IDS = torch.arange(20).reshape(2, 10)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -353,6 +354,33 @@ def test_learned_grids_train_and_freeze_to_what_was_trained(name):
     assert torch.equal(op.eval()(x), trained)
     op.weight.freeze()
     assert torch.equal(op(x), trained)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [n for n in FORMATS if not learnable(FORMATS[n])])
+@pytest.mark.usefixtures("torch_products")
+def test_scales_that_are_codes_are_held_while_codes_learn(name, dtype):
+    w = torch.randn(48, 256).to(dtype)
+    q = kernels.quantize(w + 0.1 * torch.randn_like(w), name, kernels.qparams(w, FORMATS[name]))
+    op = Linear(Weight(nn.Parameter(w)))
+    op.weight.see_through(q, w)
+    op.weight.stored.requires_grad_(True)
+    assert torch.equal(op.weight.value(), q.dequantize())
+    assert [n for n, p in op.named_parameters() if p.requires_grad] == ["weight.stored"]
+    x, target = torch.randn(32, 256).to(dtype), torch.randn(32, 48).to(dtype)
+    for _ in range(3):
+        ((op.train()(x) - target) ** 2).mean().backward()
+        with torch.no_grad():
+            op.weight.stored -= 2 * op.weight.stored.grad
+        op.weight.stored.grad = None
+    trained = op(x)
+    assert torch.equal(op.eval()(x), trained)
+    op.weight.freeze()
+    assert torch.equal(op(x), trained)
+    assert op.weight.stored.q.dtype == dtype
+    assert not torch.equal(op.weight.stored.q.codes, q.codes)
+    before, after = q.tensors(), op.weight.stored.q.tensors()
+    assert [n for n in before if not torch.equal(before[n], after[n])] == ["codes"]
 
 
 def test_the_scale_gradient_is_damped_as_in_the_paper():

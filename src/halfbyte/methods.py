@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from halfbyte import adapters
 from halfbyte.errors import InputError
-from halfbyte.formats import Format, parse
+from halfbyte.formats import parse
 from halfbyte.layers import weights
+from halfbyte.plan import plan
 from halfbyte.qtensor import no_shift
 from halfbyte.run import Run
 from halfbyte.scheme import Mix, Scheme, to_scheme
 from halfbyte.solvers import SOLVERS, solver
 from halfbyte.steps import SHARES, Adapt, Dequantize, Freeze, Grid, Merge, Step, Teacher, Train, Transform
 from halfbyte.transforms import check_untie, transform
-from halfbyte.weight import check_learnable
+from halfbyte.weight import check_learnable, learnable
 
 
 @dataclass(frozen=True)
@@ -86,16 +88,13 @@ QA_LORA = "uint4-g32-affine"  # the paper's: 4 bits in groups of 32, with zero p
 def shifting(given: Any) -> Scheme | Mix:
     """A scheme whose zero points take in what QA-LoRA adds. Raises InputError for one that has none."""
     chosen = to_scheme(given)
-    if (why := next((w for f in _formats(chosen) if (w := no_shift(f)) is not None), None)) is not None:
+    if isinstance(chosen, Mix):
+        formats = [parse(f) for f in (chosen.base, *(better for *_, better in chosen.better))]
+    else:
+        formats = [rule.weight for rule in chosen.rules if rule.weight is not None]
+    if (why := next((w for f in formats if (w := no_shift(f)) is not None), None)) is not None:
         raise InputError(f"--method qa-lora --to {chosen.name}: {why}.")
     return chosen
-
-
-def _formats(chosen: Scheme | Mix) -> list[Format]:
-    """Those that a scheme has for weights, but for a mix's head."""
-    if isinstance(chosen, Mix):
-        return [parse(f) for f in (chosen.base, *(better for *_, better in chosen.better))]
-    return [rule.weight for rule in chosen.rules if rule.weight is not None]
 
 
 METHODS: dict[str, Method] = {
@@ -174,8 +173,6 @@ def method_steps(
     reader = _reads_text(init, transforms, rest)
     if reader is not None and own.get("eval_split"):
         raise InputError(f"{reader} --eval-split: it would see what is held out; give --eval-data FILE.")
-    if made.norms or init is not None:  # before a solver has worked
-        _check_learnable(method, to)
     steps = made.steps(Given(to, init, teacher, transforms, untie, own, rest))
     if own.get("fake_quant_after_n_steps") and not any(_sees(s) for s in steps):
         raise InputError("--fake-quant-after-n-steps: nothing is seen through a grid here; leave it out.")
@@ -226,14 +223,22 @@ def _reads_text(init: str | None, transforms: Sequence[str], adapt: Mapping[str,
     return f"--init-lora-weights {begins}" if adapters.start(begins).told == "moments" else None
 
 
-def _check_learnable(method: str, to: Any) -> None:
-    chosen = to_scheme(to)
-    head = [parse(chosen.head)] if isinstance(chosen, Mix) else []
-    for f in (*_formats(chosen), *head):
-        try:
-            check_learnable(f)
-        except InputError as e:
-            raise InputError(f"--method {method} --to {chosen.name}: {e}") from None
+def check_learned(run: Run, steps: Sequence[Step], say: Callable[[str], None] = lambda line: None) -> None:
+    """Of weights whose scales are codes themselves: says that these stay as they are found where others' are learned.
+    Raises InputError, before a solver has worked, where scales alone would be trained and there are no others."""
+    before = list(takewhile(lambda s: not isinstance(s, Train), steps))
+    made = next((s for s in reversed(before) if isinstance(s, Freeze) and s.scheme is not None), None)
+    tuned = made is not None and not made.learn and not any(isinstance(s, Grid | Adapt) for s in before)
+    if made is None or len(before) == len(steps) or not (tuned or made.learn):
+        return
+    chosen = to_scheme(made.scheme, made.group_size)
+    formats = [e.after for e in plan(run.model, chosen) if e.after is not None and not e.tied_to]
+    stay = [f for f in formats if not learnable(f)]
+    if tuned and stay and len(stay) == len(formats):
+        check_learnable(stay[0])
+    if stay:
+        named = ", ".join(sorted({f.name for f in stay}))
+        say(f"note: the scales of {len(stay)} weights ({named}) are codes themselves: they stay as they are found")
 
 
 def _sees(step: Step) -> bool:

@@ -34,7 +34,9 @@ class Model(Run):
         init: the solver that codes begin from; teacher: a MODEL that loss="kl" holds it to; transforms, untie: what is
         done to the floats first."""
         settings = {"data": data, **options}
-        return self.apply(*methods.method_steps(method, to, settings, None, init, teacher, transforms, untie))
+        steps = methods.method_steps(method, to, settings, None, init, teacher, transforms, untie)
+        methods.check_learned(self, steps)
+        return self.apply(*steps)
 
     def load_adapter(self, path: str | Path, name: str = adapters.NAME) -> Model:
         """Reads an adapter folder under a name, beside others. The first is in use at once."""

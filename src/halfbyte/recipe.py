@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from halfbyte.errors import InputError
 from halfbyte.folders import check_free
-from halfbyte.methods import method_steps
+from halfbyte.methods import check_learned, method_steps
 from halfbyte.outputs import check, save
 from halfbyte.run import Run, load
 from halfbyte.scheme import to_scheme
@@ -65,6 +65,7 @@ class Recipe:
         for file in files:
             read(file)
         run = load(self.model, self.dtype, seed=self.seed)
+        check_learned(run, self.steps, say)
         if self.output is not None:
             check(run, self.steps, Path(self.output), say)
         if self.output is not None and _adapts_what_text_made(self.steps):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,9 +22,14 @@ def moved(t: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     return torch.empty_like(t, device=device) if t.is_meta else t.to(device)
 
 
+def learnable(f: Format) -> bool:
+    """Whether scales are numbers that can be trained, and not codes themselves."""
+    return not isinstance(f.scale, Format)
+
+
 def check_learnable(f: Format) -> None:
     """Raises InputError where no scale can be learned."""
-    if isinstance(f.scale, Format):
+    if not learnable(f):
         raise InputError(f"{f}: its scales are quantized themselves and cannot be trained.")
 
 
@@ -101,37 +107,51 @@ def _range(f: Format) -> str:
 
 
 class Grid(nn.Module):
-    """The format that a weight is seen through, with its scales: found anew from the weight, or learned.
+    """The format that a weight is seen through, with its scales: found anew from the weight, learned, or held.
 
     how: a search of halfbyte.kernels (the range by default: cheap enough for every step). learned: a QParams to
     start from; scale (and a zero point, where the format has one) are then float32 Parameters, and their
-    gradient is LSQ's, times 1/sqrt(n * 2^(b-1)) with n weights a scale (arXiv:1902.08153, section 2.2). asleep: whether
-    training does not see through it yet.
+    gradient is LSQ's, times 1/sqrt(n * 2^(b-1)) with n weights a scale (arXiv:1902.08153, section 2.2). held: codes
+    whose scales stay what they are, for formats whose scales are codes themselves. asleep: whether training does not
+    see through it yet.
     """
 
-    def __init__(self, format: Format, how: str | None = None, learned: QParams | None = None) -> None:
+    def __init__(
+        self, format: Format, how: str | None = None, learned: QParams | None = None, held: QTensor | None = None
+    ) -> None:  # fmt: skip
         super().__init__()
         self.format, self.how, self.asleep = format, how or _range(format), False
         self.scale = nn.Parameter(learned.scale.float()) if learned else None
         self.zero = nn.Parameter(learned.zero.float()) if learned and learned.zero is not None else None
+        self.held = None if held is None else Codes(held)
 
     @property
     def spans(self) -> bool:
         """Whether its scales are found from the range of the weight, of which nothing is then clipped on purpose."""
-        return self.scale is None and self.how in _RANGES
+        return self.scale is None and self.held is None and self.how in _RANGES
 
     def qparams(self, w: Tensor) -> QParams:
         """The QParams for w: the one place that training, freezing and export ask."""
+        if self.held is not None:
+            return self.held.q.qparams
         if self.scale is None:
             return kernels.qparams(w.detach(), self.format, self.how)
         damp = (w.numel() / self.scale.numel() * 2 ** (self.format.bits - 1)) ** -0.5
         return QParams(_damped(self.scale, damp), None if self.zero is None else _damped(self.zero, damp))
 
     def forward(self, w: Tensor) -> Tensor:
-        return kernels.fake(w, self.format, self.qparams(w))
+        return kernels.fake(w, self.format if self.held is None else plain(self.format), self.qparams(w))
 
     def quantize(self, w: Tensor) -> QTensor:
-        return kernels.quantize(w, self.format, self.qparams(w))
+        if self.held is None:
+            return kernels.quantize(w, self.format, self.qparams(w))
+        codes = kernels.quantize(w, plain(self.format), self.qparams(w)).codes
+        return replace(proxy.with_codes(self.held.q, codes), dtype=w.dtype)
+
+
+def plain(f: Format) -> Format:
+    """The same codes, with scales, and zeros that are added, as they are once stored: float32."""
+    return replace(f, scale="float32", zero="float32" if isinstance(f.zero, Format) else f.zero)
 
 
 class _Damp(torch.autograd.Function):
@@ -314,16 +334,16 @@ class Weight(nn.Module):
     @torch.no_grad()
     def see_through(self, q: QTensor, w: Tensor) -> None:
         """Stores floats that q's scales round to its codes, near w (out, in), and sees them through a grid that learns
-        these scales: the value is what q stands for. Raises InputError where no scale can be learned.
+        these scales, or holds them where they are codes themselves: the value is what q stands for.
 
         A solver rounds many weights away from w. The nearest that has such a code lies on the border of its cell, where
         the first step of any size would undo what was solved: what lies beyond is mirrored at the border, to the code's
         value at most. So a step takes weights out of their cells in proportion to its size."""
-        check_learnable(q.format)
         near = proxy.mirrored(w, q).to(w.dtype)  # which may round it out of its cell
-        same = kernels.quantize(near, q.format, q.qparams).codes.reshape(w.shape) == q.codes.reshape(w.shape)
+        grid = Grid(q.format, learned=q.qparams) if learnable(q.format) else Grid(q.format, held=q)
+        same = grid.quantize(near).codes.reshape(w.shape) == q.codes.reshape(w.shape)
         self.store(torch.where(same, near, q.dequantize().to(w.dtype)))
-        self.grid = Grid(q.format, learned=q.qparams)
+        self.grid = grid
 
     @torch.no_grad()
     def freeze(self, q: QTensor | None = None) -> None:

@@ -35,17 +35,19 @@ def train(halfbyte, wide, tiny_data):
 
 
 @pytest.mark.parametrize(
-    ("method", "to", "held"),
+    ("method", "to", "init", "held", "stay"),
     [
-        ("qat", "Q4_K_M", {"q4_k", "q6_k"}),
-        ("qat", "Q5_0", {"q5_0"}),
-        ("scales", "Q8_0", {"q8_0"}),
-        ("full", None, {"bf16"}),
+        ("qat", "Q4_K_M", None, {"q4_k", "q6_k"}, ""),
+        ("qat", "Q4_K_M", "rtn", {"q4_k", "q6_k"}, "the scales of 8 weights (q4_k, q6_k) are codes themselves"),
+        ("qat", "Q5_0", None, {"q5_0"}, ""),
+        ("scales", "Q4_0", None, {"q4_0", "q6_k"}, "the scales of 1 weights (q6_k) are codes themselves"),
+        ("full", None, None, {"bf16"}, ""),
     ],
 )
-def test_the_file_is_what_was_trained(train, tmp_path, wide, tiny_data, method, to, held):
+def test_the_file_is_what_was_trained(train, tmp_path, wide, tiny_data, method, to, init, held, stay):
     out = tmp_path / "q.gguf"
-    said = train(method, to, out, "--no-verify", "--json")
+    begun = () if init is None else ("--init", init)
+    said = train(method, to, out, "--no-verify", "--json", *begun)
     assert said.status == 0, said.err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["q.curve.jsonl", "q.gguf", "q.ledger.json"]
     assert said.json["bytes"] == out.stat().st_size
@@ -53,9 +55,11 @@ def test_the_file_is_what_was_trained(train, tmp_path, wide, tiny_data, method, 
     assert said.json["ledger"] == json.loads((tmp_path / "q.ledger.json").read_text())
     assert said.json["ledger"][0]["stage"] == f"trained ({method})"
     assert ("masters/ for them" in said.err) == (method == "qat")
+    assert stay in said.err
+    assert ("are codes themselves" in said.err) == bool(stay)
     assert held <= {t.type for t in gguf.File(out).infos.values()}
     own = {"steps": 3, "batch_size": 2, "max_length": 32, "learning_rate": 1e-3}
-    trained = load(wide).train(str(tiny_data["text"]), method=method, to=to, **own)
+    trained = load(wide).train(str(tiny_data["text"]), method=method, to=to, init=init, **own)
     assert torch.equal(logits(load(out, "bfloat16").model), logits(trained.model))
 
 

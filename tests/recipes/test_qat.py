@@ -90,6 +90,29 @@ def test_qat_lora_goes_on_from_a_solvers_codes(tmp_path, to, dtype):
     assert torch.equal(logits(load(made.save(tmp_path / "out")).model), trained)
 
 
+@pytest.mark.parametrize(("method", "to"), [("qat", "NVFP4A16"), ("qat-lora", "NF4_DQ")])
+def test_scales_that_are_codes_stay_as_the_solver_found_them(tmp_path, method, to):
+    base = folder(tmp_path / "base", dtype=torch.bfloat16, words=True)
+    begun = load(base).quantize(to, solver="gptq", calibration=TEXT, max_length=24)
+    made = train(base, method, to, init="gptq", learning_rate=3e-2)
+    pairs = [
+        (a.stored.q.tensors(), b.stored.q.tensors())
+        for a, b in zip(weights(begun.model).values(), weights(made.model).values(), strict=True)
+        if isinstance(a.stored, Codes) and isinstance(b.stored, Codes)
+    ]
+    assert pairs
+    for a, b in pairs:
+        assert all(torch.equal(a[n], b[n]) for n in a if n != "codes")
+    assert any(not torch.equal(a["codes"], b["codes"]) for a, b in pairs)
+    assert torch.equal(logits(load(made.save(tmp_path / "out")).model), logits(made.model))
+
+
+def test_where_no_scale_can_be_trained_the_solver_does_not_begin(llama, monkeypatch):
+    monkeypatch.setattr("halfbyte.run.freeze", lambda *a, **k: pytest.fail("the work had begun"))
+    with pytest.raises(InputError, match="quantized themselves"):
+        train(llama, "scales", "NF4_DQ", init="gptq")
+
+
 @pytest.mark.parametrize("transforms", [["smooth"], ["hadamard", "smooth"]])
 @pytest.mark.parametrize(("method", "init"), [("qat", None), ("qat", "rtn"), ("qat-lora", "gptq"), ("scales", None)])
 def test_training_goes_on_from_a_model_made_ready_for_its_codes(tmp_path, llama, method, init, transforms):
@@ -294,8 +317,6 @@ def test_a_grid_over_codes_is_merged_exactly_whatever_adapts_them(tmp_path, llam
 @pytest.mark.parametrize(
     ("method", "to", "settings", "init", "says"),
     [
-        ("scales", "NF4_DQ", {}, "gptq", "quantized themselves"),
-        ("qat", "NVFP4A16", {}, "gptq", "quantized themselves"),
         ("qat-lora", "W4A16", {"lora_dropout": 0.1}, "gptq", "lora-dropout"),
         ("qat", "W4A16", {"norms": True}, None, "--method scales"),
         ("qat", "W4A16", {"steps": 3, "fake_quant_after_n_steps": 3}, None, "none of 3 steps"),

@@ -96,7 +96,7 @@ def command(
     """Fine-tune a model: all of it, LoRA, QLoRA, quantization-aware, or only its scales."""
     from halfbyte.export import chosen
     from halfbyte.folders import check_free, finished
-    from halfbyte.methods import METHODS, method_steps
+    from halfbyte.methods import METHODS, check_learned, method_steps
     from halfbyte.outputs import check, is_file
     from halfbyte.scheme import to_scheme
     from halfbyte.steps import Train, Transform
@@ -124,6 +124,7 @@ def command(
     plan = method_steps(method, scheme, settings, adapt, init, teacher, transform or [], untie)
     run = _load(model, data, eval_data, dtype, revision, seed)
     announce([step for step in plan if isinstance(step, Transform)], run)
+    check_learned(run, plan, say)
     check(run, plan, output, say)
     if no_verify and not is_file(output):
         say("--no-verify is not used: a folder is not read back once it is trained.")

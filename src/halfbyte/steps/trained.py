@@ -7,6 +7,7 @@ from torch import nn
 
 from halfbyte import adapters, layers
 from halfbyte.errors import InputError
+from halfbyte.weight import check_learnable, learnable
 
 
 def trainable(model: nn.Module, norms: bool = False) -> str:
@@ -31,7 +32,10 @@ def trainable(model: nn.Module, norms: bool = False) -> str:
     if not coded:
         model.requires_grad_(True)
         return "stored"
-    for w in coded:
+    scaled = [w for w in coded if learnable(w.frozen().format)]  # others' scales are codes, and stay
+    if not scaled:
+        check_learnable(coded[0].frozen().format)
+    for w in scaled:
         w.store(w.frozen(), learn=True)
     if norms:
         layers_of_norms = [m for m in model.modules() if type(m).__name__.endswith("Norm")]
