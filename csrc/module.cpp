@@ -153,6 +153,7 @@ struct Handle {
 }  // namespace
 
 NB_MODULE(_cpu, mod) {
+    nb::set_leak_warnings(false);  // caches of grids and weights live until the process ends, which it would tell users of
     mod.def("isas", [] {
         std::vector<std::string> names;
         for (const Isa* i : isas()) names.push_back(i->name);

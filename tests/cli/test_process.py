@@ -113,3 +113,9 @@ def test_resume_of_a_finished_run_changes_nothing(halfbyte, tiny_llama, tiny_dat
     assert again.status == 0
     assert (again.json["steps"], again.json["loss"]) == (2, first["loss"])
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_script_that_trains_ends_in_silence():
+    train = "import halfbyte, torch; halfbyte.fake(torch.ones(8, 64).requires_grad_(), 'int4-g64').sum().backward()"
+    said = _python("-c", train)
+    assert (said.returncode, said.stdout, said.stderr) == (0, "", "")
