@@ -142,6 +142,9 @@ def held_to_the_teacher(setting: Setting, asked: Asked) -> Iterator[dict]:
         Trial("autoround, qat", "qat", 3e-5, W4, "autoround", "kl", more={"scale_lr_ratio": 0.3}),
         Trial("autoround, qat, a zero", "qat", 3e-5, W4_ZERO, "autoround", "kl", more={"scale_lr_ratio": 0.3}),
         Trial("gptq, qat, inputs in 8 bits", "qat", 3e-5, "W4A8", "gptq", "kl", more={"scale_lr_ratio": 0.3}),
+        Trial("gptq, scales, a file", "scales", 2e-5, "Q4_0", "gptq", "kl"),
+        Trial("gptq, qat, a file", "qat", 3e-5, "Q4_0", "gptq", "kl", more={"scale_lr_ratio": 0.3}),
+        Trial("gptq, qat, a file of K", "qat", 3e-5, "Q4_K_M", "gptq", "kl", more={"scale_lr_ratio": 0.3}),
     )
     for t in chosen(trials, asked):
         found = trained(setting, t, asked)
