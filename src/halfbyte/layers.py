@@ -14,7 +14,7 @@ from halfbyte.convolution import Conv
 from halfbyte.experts import Experts, fused
 from halfbyte.inputs import RoundsInputs
 from halfbyte.qtensor import QTensor
-from halfbyte.weight import Codes, Grid, Weight, needs_base
+from halfbyte.weight import Codes, Grid, Weight, sees_op
 
 __all__ = [
     "OPS", "Codes", "Conv", "Embedding", "Experts", "Grid", "Linear", "Op", "RoundsInputs", "Weight", "ops",
@@ -51,7 +51,7 @@ class Linear(RoundsInputs):
         y = self.product(rows, self.bias)
         if w.grid is None:
             for adapter in w.adapters.values():
-                y = adapter(rows, y, self) if needs_base(adapter) else adapter(rows, y)
+                y = adapter(rows, y, self) if sees_op(adapter) else adapter(rows, y)
         return y
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:

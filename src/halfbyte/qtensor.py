@@ -290,16 +290,27 @@ def shifted(q: QTensor, by: Tensor) -> QTensor:
     Raises InputError for what is `unshiftable`, for runs that end within a group, and where the dtype overflows."""
     if (why := unshiftable(q)) is not None:
         raise InputError(f"{why}.")
-    groups, f = q.format.groups(q.shape), q.format
-    if groups[-1] % by.shape[-1]:
-        raise InputError(f"{groups[-1]} groups of {f} in a row are not {by.shape[-1]} runs of whole ones.")
-    held = q.tensors()["zero" if f.zero != "integer" else "scale"].dtype
+    f = q.format
+    zero = (added(q) + spread(by, q)).to(zero_dtype(q))
     if f.zero == "integer":
         f = parse(f"uint{f.bits}-{f.group if f.group == 'channel' else f'g{f.group}'}-affine")
-    zero = (added(q) + by.repeat_interleave(groups[-1] // by.shape[-1], -1)).to(held)
     if not zero.isfinite().all():
-        raise InputError(f"what is added to the zero points of {q.format} is more than {held} holds.")
+        raise InputError(f"what is added to the zero points of {q.format} is more than {zero.dtype} holds.")
     return replace(q, format=f, parts={**q.parts, "zero": zero}, laid_out=None)
+
+
+def spread(by: Tensor, q: QTensor) -> Tensor:
+    """by (out, n), of n equal runs of inputs, for each of q's groups: (out, groups). Raises InputError for runs that
+    end within a group."""
+    groups = q.format.groups(q.shape)[-1]
+    if groups % by.shape[-1]:
+        raise InputError(f"{groups} groups of {q.format} in a row are not {by.shape[-1]} runs of whole ones.")
+    return by.repeat_interleave(groups // by.shape[-1], -1)
+
+
+def zero_dtype(q: QTensor) -> torch.dtype:
+    """That of what zero points add once it is `shifted`."""
+    return q.tensors()["scale" if q.format.zero == "integer" else "zero"].dtype
 
 
 def added(q: QTensor) -> Tensor:

@@ -13,7 +13,7 @@ from halfbyte import kernels
 from halfbyte.errors import InputError
 from halfbyte.formats import Format
 from halfbyte.kernels import proxy
-from halfbyte.qtensor import QParams, QTensor, added, shifted, unshiftable
+from halfbyte.qtensor import QParams, QTensor, added, shifted, spread, unshiftable, zero_dtype
 
 
 def moved(t: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
@@ -171,6 +171,12 @@ def _damped(p: Tensor, factor: float) -> Tensor:
     return _Damp.apply(p, factor)  # pyright: ignore[reportReturnType]
 
 
+def sees_op(adapter: nn.Module) -> bool:
+    """Whether an adapter's forward is given the op: what it adds depends on what is stored, or on what zero points can
+    hold of it."""
+    return needs_base(adapter) or hasattr(adapter, "shift")
+
+
 def needs_base(adapter: nn.Module) -> bool:
     """Whether what an adapter adds depends on what is stored, which it is then given."""
     return getattr(adapter, "needs_base", False)
@@ -180,8 +186,8 @@ class Weight(nn.Module):
     """What an op multiplies with. Two ops may share one: that is tying.
 
     stored: a float Parameter (..., out, in), or Codes. adapters: those in use, by name: each has forward(x, y), delta()
-    or with `needs_base` forward(x, y, op), delta(base); with shift() it adds one number to groups. waiting: adapters
-    that add nothing now. grid: a Grid, or None.
+    or with `needs_base` forward(x, y, op), delta(base); with shift() it adds one number to groups, and has forward(x,
+    y, op) too. waiting: adapters that add nothing now. grid: a Grid, or None.
     """
 
     stored: nn.Parameter | Codes
@@ -193,6 +199,7 @@ class Weight(nn.Module):
         self.adapters, self.waiting = nn.ModuleDict(), nn.ModuleDict()
         self.grid = None
         self._seen: tuple[object, object, QTensor] | None = None
+        self._zeros: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -222,12 +229,12 @@ class Weight(nn.Module):
         """Puts in a float tensor (as a frozen Parameter) or codes in place of what was stored."""
         held = Codes(value, learn) if isinstance(value, QTensor) else value
         new = held if isinstance(held, Codes) else nn.Parameter(held, requires_grad=False)
-        self._seen = None
+        self._seen = self._zeros = None
         del self.stored  # a Parameter and a module of one name would both stay registered
         self.stored = new
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Weight:
-        self._seen = None  # a cast changes tensors without counting it
+        self._seen = self._zeros = None  # a cast changes tensors without counting it
         return super()._apply(fn, recurse)  # pyright: ignore[reportReturnType]
 
     def use(self, name: str | None) -> None:
@@ -324,6 +331,22 @@ class Weight(nn.Module):
         if len(shifts) < len(self.adapters) or any(groups % s.shape[1] for s in shifts):
             return None
         return torch.stack([s.repeat_interleave(groups // s.shape[1], 1) for s in shifts]).sum(0)
+
+    @torch.no_grad()
+    def taken_in(self, by: Tensor) -> Tensor | None:
+        """What the zero points of the stored codes would hold of a number that is added to all of a group, once it is
+        merged: float32 (out, groups of the codes). None where they take none in, or not this one alone. by: float32
+        (out, n), see `shifted`."""
+        if self.grid is not None or len(self.adapters) > 1 or not isinstance(self.stored, Codes):
+            return None
+        q = self.stored.q
+        if unshiftable(q) is not None or q.format.groups(q.shape)[-1] % by.shape[-1]:
+            return None
+        if self._zeros is None:  # once: to read them takes back how the kernels laid out the codes
+            exact = torch.float32 if q.format.zero == "integer" else zero_dtype(q)
+            self._zeros = added(q).to(exact, copy=True)
+        zeros = self._zeros.float()
+        return (zeros + spread(by, q)).to(zero_dtype(q)).float() - zeros
 
     @torch.no_grad()
     def dequantize(self) -> None:

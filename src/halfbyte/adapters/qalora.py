@@ -3,6 +3,9 @@ number to all weights of a group, which the group's zero point takes in: merged,
 
 As PEFT has it: of n inputs in groups of g, A (r, n / g) sees each group's mean times n / g, so that a weight of the
 group p gets (s n / g^2) (B A)[:, p].
+
+Of that a zero point holds what its dtype does, which in 16 bit is nothing of a small number: beside codes the sum of a
+group's inputs is multiplied with what the zero point will have changed by once it is merged, gradient straight through.
 """
 
 from __future__ import annotations
@@ -12,11 +15,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halfbyte.adapters.lora import LowRank
 from halfbyte.errors import InputError
-from halfbyte.layers import Codes, Weight
+from halfbyte.layers import Codes, Linear, Weight
 from halfbyte.qtensor import unshiftable
 
 
@@ -32,10 +36,32 @@ class QaLora(LowRank):
         self.qalora_group_size, self.groups = qalora_group_size, inputs // qalora_group_size
         a = torch.empty(self.r, self.groups, device=weight.device, dtype=torch.float32)
         self.lora_A = nn.Parameter(nn.init.kaiming_uniform_(a, a=math.sqrt(5)))
+        self._held: tuple[object, Tensor] | None = None
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, op: Linear | None = None) -> Tensor:
+        dropping = self.training and self.lora_dropout > 0
+        if op is not None and not dropping and (held := self.held(op.weight)) is not None:
+            return y + F.linear(x.unflatten(-1, (held.shape[-1], -1)).sum(-1), held.to(x.dtype))
         pooled = self.dropped(x).unflatten(-1, (self.groups, -1)).mean(-1) * self.groups
         return y + self.factored(pooled) * self.scaling
+
+    def held(self, weight: Weight) -> Tensor | None:
+        """What the zero points of the weight's codes hold of `shift`: float32 (out, groups of the codes), with the
+        gradient of it all. None where these take none in."""
+        if torch.is_grad_enabled():
+            by = self.shift()
+            taken = weight.taken_in(by)
+            if taken is None:
+                return None
+            whole = by.repeat_interleave(taken.shape[-1] // by.shape[-1], -1)
+            return whole + (taken - whole).detach()
+        state = (id(weight.stored), *((id(t), t._version) for t in (self.lora_A, self.lora_B)))
+        if self._held is None or self._held[0] != state:
+            taken = weight.taken_in(self.shift())
+            if taken is None:
+                return None
+            self._held = state, taken
+        return self._held[1]
 
     def shift(self) -> Tensor:
         """What is added to every weight of a group: float32 (out, groups)."""

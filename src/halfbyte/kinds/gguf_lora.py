@@ -17,7 +17,7 @@ from halfbyte import adapters
 from halfbyte.containers import gguf as container
 from halfbyte.errors import InputError
 from halfbyte.kinds.gguf import READER, LlamaCpp, missing
-from halfbyte.layers import Codes, ops, weights
+from halfbyte.layers import Codes, Weight, ops, weights
 from halfbyte.models import gguf, gguf_saving
 from halfbyte.qtensor import QTensor
 
@@ -74,15 +74,26 @@ def _alpha(settings: Mapping[str, Any]) -> float:
 def _tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
     """A (r, in) and B (out, r) of every layer, by GGUF's names; B's rows in the file's order. The file has one
     alpha, the first layer's: where a layer has another, B makes up for it."""
-    config, file = job.loaded.config, None
+    config, file, by_name = job.loaded.config, None, dict(ops(job.loaded.model))
     for name, adapter in adapters.attached(job.loaded.model).items():
         tensor = gguf.architecture_of(config).tensor(f"{name}.weight", config)
-        order, (a, b) = gguf.architecture_of(config).rows(tensor, config), adapter.factors()
-        alpha = _alpha(adapter.settings())
-        file = file or alpha
-        b = b if alpha == file else b * (alpha / file)
+        order = gguf.architecture_of(config).rows(tensor, config)
+        file = file or _alpha(adapter.settings())
+        a, b = _factors(adapter, by_name[name].weight, file)
         yield f"{tensor}.lora_a", a
         yield f"{tensor}.lora_b", b if order is None else b[order]
+
+
+@torch.no_grad()
+def _factors(adapter: Any, weight: Weight, file: float) -> tuple[Tensor, Tensor]:
+    """A and B of the LoRA that adds the same, where readers take `file` for alpha. Of QA-LoRA beside codes that is what
+    zero points hold of it, whatever its rank: A is then a sum over each group."""
+    held = adapter.held(weight) if hasattr(adapter, "held") else None
+    if held is None:
+        a, b = adapter.factors()
+        return a, b * (_alpha(adapter.settings()) / file)
+    groups = held.shape[-1]
+    return torch.eye(groups).repeat_interleave(weight.shape[-1] // groups, 1), held * (groups / file)
 
 
 def write(job: Job, path: Path) -> None:
@@ -105,7 +116,8 @@ def ours(job: Job) -> Loaded:
     for _, op in ops(loaded.model):
         if isinstance(op.weight.stored, Codes):
             op.weight.store(replace(op.weight.stored.q, dtype=torch.float32))
-            op.weight.dequantize()
+            if not any(hasattr(a, "held") for a in op.weight.adapters.values()):  # which goes by its zero points
+                op.weight.dequantize()
     for p in loaded.model.parameters():
         p.data = p.data.float()
     loaded.config.dtype = torch.float32
