@@ -280,6 +280,15 @@ def test_an_adapter_trained_beside_codes(tmp_path):
         exported(tmp_path)
 
 
+def test_qa_lora_beside_codes_in_16_bit_is_what_zero_points_hold(tmp_path):
+    made(tmp_path)
+    base = load(tmp_path / "base", "bfloat16")
+    base.train(TEXT, method="qa-lora", steps=2, batch_size=1, max_length=32, r=2).save(tmp_path / "adapter")
+    (_, first), (_, second) = exported(tmp_path).rows
+    assert abs(first["kl_mean"]) < 1e-6
+    assert abs(second["kl_mean"]) < 1e-6
+
+
 def test_an_adapter_alone_needs_no_base(tmp_path):
     made(tmp_path)
     adapter(tmp_path)

@@ -4,8 +4,10 @@ number to all weights of a group, which the group's zero point takes in: merged,
 As PEFT has it: of n inputs in groups of g, A (r, n / g) sees each group's mean times n / g, so that a weight of the
 group p gets (s n / g^2) (B A)[:, p].
 
-Of that a zero point holds what its dtype does, which in 16 bit is nothing of a small number: beside codes the sum of a
-group's inputs is multiplied with what the zero point will have changed by once it is merged, gradient straight through.
+Of that a zero point holds what its dtype does, which in 16 bit is nothing of a small number. So in eval the sum of a
+group's inputs is multiplied with what the zero point will have changed by once it is merged: what is measured beside
+codes is what ships. Training sees the sum itself, of which it learns more: rounding changes with every step, and the
+loss with it.
 """
 
 from __future__ import annotations
@@ -39,8 +41,7 @@ class QaLora(LowRank):
         self._held: tuple[object, Tensor] | None = None
 
     def forward(self, x: Tensor, y: Tensor, op: Linear | None = None) -> Tensor:
-        dropping = self.training and self.lora_dropout > 0
-        if op is not None and not dropping and (held := self.held(op.weight)) is not None:
+        if op is not None and not self.training and (held := self.held(op.weight)) is not None:
             return y + F.linear(x.unflatten(-1, (held.shape[-1], -1)).sum(-1), held.to(x.dtype))
         pooled = self.dropped(x).unflatten(-1, (self.groups, -1)).mean(-1) * self.groups
         return y + self.factored(pooled) * self.scaling
