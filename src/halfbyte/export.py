@@ -33,11 +33,13 @@ Say = Callable[[str], None]
 
 @dataclass
 class Exported:
-    """path: what was written. rows: the ledger, (stage, figures). read_back: whether the reader has rows in it."""
+    """path: what was written. rows: the ledger, (stage, figures). read_back: whether the reader has rows in it.
+    differs: what it computes otherwise than we do, where that was kept."""
 
     path: Path
     rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     read_back: bool = False
+    differs: str | None = None
 
     @property
     def ledger(self) -> list[dict[str, Any]]:
@@ -49,7 +51,8 @@ class Exported:
 class Proof:
     """How an export is held against the model. data: held-out text, records or a file; the packaged sample if None.
     max_kl: of the reader's logits to ours, mean over tokens; one of MAX_KL above if None. base: the MODEL where an
-    adapter's base is, if not where its folder says. dtype: what the model is computed in."""
+    adapter's base is, if not where its folder says. dtype: what the model is computed in. keep: whether what is read
+    otherwise than it should be stays all the same, since it cannot be made again."""
 
     data: Any = None
     windows: int = 4
@@ -57,6 +60,7 @@ class Proof:
     max_kl: float | None = None
     base: str | None = None
     dtype: torch.dtype = torch.float32
+    keep: bool = False
 
 
 def read(
@@ -233,9 +237,9 @@ def export(
     say: Say = lambda line: None, resume: bool = False, rows: Sequence[tuple[str, dict[str, Any]]] = (),
 ) -> Exported:  # fmt: skip
     """Writes what was prepared, whole or not at all, also where it was in parts already (`resume`); reads it back by
-    the kind's own reader and measures it, unless proof is None. rows: the ledger so far. Raises BudgetExceeded, and
-    keeps nothing, where the reader computes something else than we do, and InputError before the work where inputs are
-    to be rounded by scales that the model does not have."""
+    the kind's own reader and measures it, unless proof is None. rows: the ledger so far. Raises BudgetExceeded where
+    the reader computes something else than we do, and keeps nothing unless the proof says so, and InputError before the
+    work where inputs are to be rounded by scales that the model does not have."""
     for name, op in ops(job.loaded.model):
         if isinstance(op, Linear) and static(op.input) and op.input_qparams is None:
             raise InputError(
@@ -252,8 +256,13 @@ def export(
         elif job.loaded.tokenizer is None:
             say(f"not read back by {kind.READER}: the model has no tokenizer, and text needs one")
         else:
-            done.rows += _prove(source, partial, kind, job, proof, say)
-            done.read_back = True
+            try:
+                done.rows += _prove(source, partial, kind, job, proof, say)
+                done.read_back = True
+            except BudgetExceeded as e:
+                if not proof.keep:
+                    raise BudgetExceeded(f"{e}; nothing was kept.") from None
+                done.differs = f"{e}; {output} was kept."
         if not kind.SUFFIX:
             notes = {"exported": kind.NAME, "source": Path(str(source)).name}
             (partial / run.NOTES).write_text(json.dumps(notes, indent=1) + "\n")
@@ -284,7 +293,7 @@ def _prove(
         say(f"its base is written beside it in float32 until it is read: {size / 1e6:.0f} MB")
     reader = kind.beside(job, path, context) if kind.ADAPTERS else kind.open(path, context)
     if job.loaded.tokenizer is not None and (difference := kind.differs(reader, job.loaded)):
-        raise BudgetExceeded(f"{kind.READER} reads {difference}; nothing was kept.")
+        raise BudgetExceeded(f"{kind.READER} reads {difference}")
     out = [("read back, against halfbyte", _row(reader, rows, ours.model, ours, path))]
     kl = out[0][1]["kl_mean"]
     say(f"read back by {kind.READER}: mean KL to halfbyte's own reading {kl:.2g} on {rows.tokens} tokens")
@@ -293,8 +302,7 @@ def _prove(
     limit = usual if proof.max_kl is None else proof.max_kl
     if not kl <= limit:
         raise BudgetExceeded(
-            f"{kind.READER} computes something else than halfbyte does: mean KL {kl:.4f} is above --max-kl "
-            f"{limit}; nothing was kept."
+            f"{kind.READER} computes something else than halfbyte does: mean KL {kl:.4f} is above --max-kl {limit}"
         )
     before = run.load(source, proof.dtype, base=proof.base)
     out.append((f"read back, against {Path(str(source)).name}", _row(reader, rows, before.model, ours, path)))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from halfbyte import adapters, export
-from halfbyte.errors import InputError
+from halfbyte.errors import BudgetExceeded, InputError
 from halfbyte.folders import FILES, whole
 from halfbyte.kinds import KINDS, kind
 from halfbyte.run import MASTERS, Run
@@ -87,10 +87,13 @@ def write_file(
 
 def save(run: Run, output: str | Path, overwrite: bool = False, say: Say = lambda line: None) -> Path:
     """Writes the result, whole or not at all: a PEFT adapter folder while adapters are unmerged, else a model's folder
-    or, by the output's name, a file, which the program that it is for reads back. Raises InputError if it exists."""
+    or, by the output's name, a file, which the program that it is for reads back. Raises InputError if it exists, and
+    BudgetExceeded where that program computes something else than we do, of what is kept all the same."""
     target = Path(output)
     if is_file(target):
-        write_file(run, target, export.Proof(), overwrite, say=say)
+        done = write_file(run, target, export.Proof(keep=True), overwrite, say=say)
+        if done.differs:
+            raise BudgetExceeded(done.differs)
         return target
     with whole(target, overwrite) as partial:
         run.write(partial, target.name)

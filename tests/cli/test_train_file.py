@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from halfbyte.containers import gguf
+from halfbyte.errors import BudgetExceeded
 from halfbyte.model import load
 from halfbyte.train import Masters
 from miniatures import bpe, folder, logits
@@ -106,6 +107,19 @@ def test_what_the_output_cannot_hold_is_refused_before_the_work(train, tmp_path,
     assert said.status == 2
     assert words in said.err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_reader_computes_otherwise_is_told_and_what_was_trained_is_kept(train, tmp_path, monkeypatch):
+    def prove(*args):
+        raise BudgetExceeded("llama.cpp computes something else than halfbyte does")
+
+    monkeypatch.setattr("halfbyte.export._prove", prove)
+    monkeypatch.setattr("halfbyte.kinds.gguf.missing", lambda: None)
+    said = train("qat", "Q4_K_M", tmp_path / "q.gguf")
+    assert said.status == 3
+    assert "something else than halfbyte does; " in said.err
+    assert "q.gguf was kept" in said.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["q.curve.jsonl", "q.gguf", "q.ledger.json"]
 
 
 def test_an_adapter_through_a_mix_is_merged_into_a_file_as_it_was_trained(halfbyte, train, tmp_path):

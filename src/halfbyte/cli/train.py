@@ -175,16 +175,20 @@ def _to_folder(
 def _to_file(
     run: Run, output: Path, take: Callable[[Path], None], overwrite: bool, resume: bool, no_verify: bool
 ) -> dict[str, Any]:  # fmt: skip
-    """Beside the file are its ledger and the curve of its training."""
+    """Beside the file are its ledger and the curve of its training. Raises BudgetExceeded, but keeps what was trained,
+    where its reader computes something else."""
+    from halfbyte.errors import BudgetExceeded
     from halfbyte.export import Proof
     from halfbyte.folders import before, disk_bytes
     from halfbyte.outputs import write_file
 
     with before(output, overwrite, resume) as checkpoint:
         take(checkpoint)
-        proof = None if no_verify else Proof()
+        proof = None if no_verify else Proof(keep=True)
         done = write_file(run, output, proof, overwrite, True, say, progress("tensor"))
     _write_curve(output.with_suffix(f".{_CURVE}"), run)
+    if done.differs:
+        raise BudgetExceeded(done.differs)
     return {"bytes": disk_bytes(output), "read_back": done.read_back, "ledger": done.ledger}
 
 
