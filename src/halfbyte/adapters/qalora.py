@@ -38,7 +38,7 @@ class QaLora(LowRank):
         self.qalora_group_size, self.groups = qalora_group_size, inputs // qalora_group_size
         a = torch.empty(self.r, self.groups, device=weight.device, dtype=torch.float32)
         self.lora_A = nn.Parameter(nn.init.kaiming_uniform_(a, a=math.sqrt(5)))
-        self._held: tuple[object, Tensor] | None = None
+        self._held: tuple[object, object, Tensor] | None = None
 
     def forward(self, x: Tensor, y: Tensor, op: Linear | None = None) -> Tensor:
         if op is not None and not self.training and (held := self.held(op.weight)) is not None:
@@ -49,20 +49,21 @@ class QaLora(LowRank):
     def held(self, weight: Weight) -> Tensor | None:
         """What the zero points of the weight's codes hold of `shift`: float32 (out, groups of the codes), with the
         gradient of it all. None where these take none in."""
-        if torch.is_grad_enabled():
+        made, sources = weight.stored, (self.lora_A, self.lora_B)
+        if torch.is_grad_enabled() or any(t.is_inference() for t in sources):  # which do not count their changes
             by = self.shift()
             taken = weight.taken_in(by)
             if taken is None:
                 return None
             whole = by.repeat_interleave(taken.shape[-1] // by.shape[-1], -1)
             return whole + (taken - whole).detach()
-        state = (id(weight.stored), *((id(t), t._version) for t in (self.lora_A, self.lora_B)))
-        if self._held is None or self._held[0] != state:
+        state = tuple((t._version, t.data_ptr()) for t in sources)
+        if self._held is None or self._held[0] is not made or self._held[1] != state:
             taken = weight.taken_in(self.shift())
             if taken is None:
                 return None
-            self._held = state, taken
-        return self._held[1]
+            self._held = made, state, taken
+        return self._held[2]
 
     def shift(self) -> Tensor:
         """What is added to every weight of a group: float32 (out, groups)."""
