@@ -97,6 +97,7 @@ def test_an_interrupted_training_to_a_file_resumes_to_the_same_bytes(train, tmp_
         ("qat", "W8A8", "x.gguf", "ggml has no block for int8-channel"),
         ("qat", "Q4_K_M", "x.onnx", "cannot be written as x.onnx"),
         ("qat", "Q4_K_M", "x", "name the output OUT.gguf"),
+        ("qat", "W4A16", "x.delta", "by `halfbyte export --to delta`"),
         ("scales", "Q4_K_M", "x.gguf", "its scales are quantized themselves"),
     ],
 )

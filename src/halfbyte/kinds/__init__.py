@@ -87,6 +87,8 @@ def kind(name: str | None, output: Path) -> Kind:
     that it is something else."""
     if name is None:
         by_suffix = (k for k in KINDS.values() if k.SUFFIX and output.suffix == k.SUFFIX)
+        if output.suffix == ".delta":
+            raise InputError(f"{output}: a delta is made of a folder that is there, by `halfbyte export --to delta`.")
         if (found := next(by_suffix, None)) is None:
             raise InputError(f"--to is missing, and the name {output} does not tell: it is {', '.join(KINDS)}.")
     elif (found := KINDS.get(name)) is None:
