@@ -383,6 +383,23 @@ def test_scales_that_are_codes_are_held_while_codes_learn(name, dtype):
     assert [n for n in before if not torch.equal(before[n], after[n])] == ["codes"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["q4_k", "nf4-g64-dq", "nvfp4", "int4-g64", "uint4-g64-affine"])
+def test_scales_of_a_solver_outlast_products_with_codes(name, dtype):
+    """A kernel lays out the bytes of the codes that it multiplies with in an order of its own, and their scales'."""
+    w = torch.randn(64, 256).to(dtype)
+    q = kernels.quantize(w, name)
+    wanted = q.dequantize()
+    op = Linear(Weight(nn.Parameter(w)))
+    op.weight.see_through(q, w)
+    with torch.no_grad():
+        op.eval()(torch.randn(8, 256).to(dtype))
+        kernels.linear(torch.randn(8, 256).to(dtype), q)
+        op.weight.stored += 0  # what was frozen is found anew
+    assert torch.equal(op.train().weight.value(), wanted)
+    assert torch.equal(op.weight.frozen().dequantize(), wanted)
+
+
 def test_the_scale_gradient_is_damped_as_in_the_paper():
     f, w = FORMATS["int4-g32"], torch.randn(8, 64)
     p = kernels.qparams(w, f, "minmax")

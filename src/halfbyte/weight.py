@@ -121,9 +121,9 @@ class Grid(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.format, self.how, self.asleep = format, how or _range(format), False
-        self.scale = nn.Parameter(learned.scale.float()) if learned else None
-        self.zero = nn.Parameter(learned.zero.float()) if learned and learned.zero is not None else None
-        self.held = None if held is None else Codes(held)
+        self.scale = nn.Parameter(learned.scale.float().clone()) if learned else None
+        self.zero = nn.Parameter(learned.zero.float().clone()) if learned and learned.zero is not None else None
+        self.held = None if held is None else Codes(_apart(held))
 
     @property
     def spans(self) -> bool:
@@ -146,7 +146,12 @@ class Grid(nn.Module):
         if self.held is None:
             return kernels.quantize(w, self.format, self.qparams(w))
         codes = kernels.quantize(w, plain(self.format), self.qparams(w)).codes
-        return replace(proxy.with_codes(self.held.q, codes), dtype=w.dtype)
+        return replace(_apart(proxy.with_codes(self.held.q, codes)), dtype=w.dtype)
+
+
+def _apart(q: QTensor) -> QTensor:
+    """q with parts of its own: a kernel may lay out their bytes in another order, scales' too."""
+    return q.with_tensors({name: part.clone() for name, part in q.tensors().items()})
 
 
 def plain(f: Format) -> Format:
