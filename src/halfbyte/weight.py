@@ -335,7 +335,7 @@ class Weight(nn.Module):
         groups = self.stored.q.format.groups(self.stored.q.shape)[-1]
         if len(shifts) < len(self.adapters) or any(groups % s.shape[1] for s in shifts):
             return None
-        return torch.stack([s.repeat_interleave(groups // s.shape[1], 1) for s in shifts]).sum(0)
+        return torch.stack([spread(s, self.stored.q) for s in shifts]).sum(0)
 
     @torch.no_grad()
     def taken_in(self, by: Tensor) -> Tensor | None:
